@@ -1,0 +1,59 @@
+# Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs format clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := torch==2.13.0
+PINS := "numpy<2.4"
+TRITON := triton==3.6.0; sys_platform == 'linux'
+# One torch thread per worker: workers that share cores must not fight for them.
+WORKERS ?= 2
+ARGS ?=
+
+help:
+	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
+	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
+	@echo "make lint    ruff, pyrefly and the import contracts"
+	@echo "make docs    build the documentation into site/"
+	@echo "make format  let ruff format and fix what it can"
+	@echo "make clean   remove what the other targets made, .venv included"
+
+demo: $(VENV)/.ready-test
+	$(BIN)/s2attn demo
+
+test: $(VENV)/.ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.ready-dev
+	$(BIN)/mkdocs build --strict
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# An environment that moved or broke no longer runs; it is made anew.
+$(VENV)/.ready-test: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "s2attn needs Python 3.10 or newer; PYTHON=... names another one")'
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Setting up $(VENV) (some minutes the first time)"
+	$(PIP) "$(TORCH)" $(PINS)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
+	$(PIP) $(PINS) --editable ".[test]"
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-test
+	$(PIP) $(PINS) --editable ".[dev]"
+	@touch $@
