@@ -1,0 +1,1 @@
+"""s2attn: exact attention that reads only the keys it needs."""

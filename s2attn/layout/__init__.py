@@ -1,0 +1,24 @@
+"""What a kernel walks: block lists per head with mask tiles, made by interval arithmetic."""
+
+from s2attn.layout.build import HeadRange, build_layout, default_block, layout_heads, read_cu_seqlens
+from s2attn.layout.convert import from_block_table, from_dense, to_block_table, to_dense
+from s2attn.layout.count import dense_pairs
+from s2attn.layout.index import BlockIndex, Spans, spans_of
+from s2attn.layout.layout import Layout
+
+__all__ = [
+    "BlockIndex",
+    "HeadRange",
+    "Layout",
+    "Spans",
+    "build_layout",
+    "default_block",
+    "dense_pairs",
+    "from_block_table",
+    "from_dense",
+    "layout_heads",
+    "read_cu_seqlens",
+    "spans_of",
+    "to_block_table",
+    "to_dense",
+]

@@ -1,0 +1,128 @@
+"""`Layout`: the block index that every backend walks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from s2attn.core import bad_value
+from s2attn.layout.index import BlockIndex, Spans
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which key blocks each query block reads, per head: CSR rows, CSC columns, and a small table of mask tiles.
+
+    A pair of blocks is *full* when every (query, key) pair in it is allowed, *partial* when some are; a partial one points to a mask
+    tile. A layout never knows who made it, and it is independent of batch: every batch entry of an unpacked call uses it. Layout head
+    ``h * heads // num_heads`` serves query head h, so a layout has G heads (a pattern per KV head), H heads, or any divisor of H.
+
+    Attributes:
+        block: tokens per block, on both axes.
+        causal: no listed pair has its key after its query.
+        rows: for each (head, query block) the key blocks.
+        tiles: ``(num_tiles, block, block)`` bool, ``[query, key]``; False beyond the end of a sequence.
+        q_spans, k_spans: where query and key blocks lie in the (packed) tensors.
+        packed: the spans describe several sequences that lie one after another.
+
+    Invariants, checked by :meth:`validate`:
+        I1  all tensors have the documented shape and dtype and lie on one device
+        I2  ``ptr`` never decreases inside a head and stays inside ``idx``
+        I3  ``0 <= full <=`` length of the line
+        I4  block numbers are in range, ascending, and no block is listed twice in a line
+        I5  tile numbers and ``tile_ptr`` are in range
+        I6  spans are consecutive, each 1 to ``block`` tokens, only the last of a sequence shorter; sequence numbers never decrease
+        I7  a row lists key blocks of its own sequence only
+        I8  a key block shorter than ``block`` is never listed as full, and tiles are False beyond it
+        I9  when ``causal``, no listed pair has its key after its query
+    """
+
+    block: int
+    causal: bool
+    rows: BlockIndex
+    tiles: Tensor
+    q_spans: Spans
+    k_spans: Spans
+    packed: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.rows.heads
+
+    @cached_property
+    def seqlen_q(self) -> int:
+        """Query tokens (of all sequences together when packed)."""
+        return self.q_spans.total
+
+    @cached_property
+    def seqlen_k(self) -> int:
+        """Key tokens (of all sequences together when packed)."""
+        return self.k_spans.total
+
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by rows and mask tiles (columns are made on first use)."""
+        return self.rows.nbytes + self.tiles.numel() * self.tiles.element_size()
+
+    @cached_property
+    def columns(self) -> BlockIndex:
+        """The same entries by key block (CSC): for each (head, key block) the query blocks. Made once, on first use."""
+        from s2attn.layout.transpose import transpose_index
+
+        return transpose_index(self.rows, len(self.k_spans))
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """Allowed (query, key) pairs per head, ``(heads,)`` int64."""
+        from s2attn.layout.count import count_pairs
+
+        return count_pairs(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything as a flat list, heads first; :meth:`from_tensors` is its inverse."""
+        return [*self.rows.tensors(), self.tiles, *self.q_spans.tensors(), *self.k_spans.tensors()]
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor], *, causal: bool, packed: bool) -> Layout:
+        index, tiles, q_spans, k_spans = tensors[:5], tensors[5], tensors[6:10], tensors[10:14]
+        return cls(tiles.shape[-1], causal, BlockIndex(*index), tiles, Spans(*q_spans), Spans(*k_spans), packed)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device (itself when it lies there already)."""
+        if torch.device(device) == self.device:
+            return self
+        rows, tiles = self.rows.to(device), self.tiles.to(device)
+        return Layout(self.block, self.causal, rows, tiles, self.q_spans.to(device), self.k_spans.to(device), self.packed)
+
+    def to_dense(self, head: int | None = None) -> Tensor:
+        """The bool mask ``(heads, seqlen_q, seqlen_k)``, or of one head without the first axis: for tests and small drawings."""
+        from s2attn.layout.convert import to_dense
+
+        return to_dense(self, head)
+
+    @classmethod
+    def from_dense(cls, mask: Tensor, *, block: int = 64) -> Layout:
+        """A layout that allows exactly the True pairs of a ``(T, S)`` or ``(heads, T, S)`` bool mask."""
+        from s2attn.layout.convert import from_dense
+
+        return from_dense(mask, block=block)
+
+    def validate(self) -> Layout:
+        """Check the numbered invariants; raise ``ValueError`` naming the broken one, or return self."""
+        from s2attn.layout.validate import broken_invariant
+
+        broken = broken_invariant(self)
+        if broken is not None:
+            raise bad_value("layout", f"must hold its invariants ({broken[0]})", broken[1])
+        return self
+
+    def __repr__(self) -> str:
+        shape = f"heads={self.heads}, seqlen_q={self.seqlen_q}, seqlen_k={self.seqlen_k}, block={self.block}"
+        return f"Layout({shape}, entries={self.rows.entries}, tiles={self.tiles.shape[0]}, device={str(self.device)!r})"
