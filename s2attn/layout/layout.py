@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from s2attn.core import bad_value
 from s2attn.layout.index import BlockIndex, Spans
+
+_LIVE: WeakValueDictionary[int, Layout] = WeakValueDictionary()
+"""Layouts by the identity of their first tensor: an op that is handed tensors finds the object, and what is cached on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,7 @@ class Layout:
         tiles: ``(num_tiles, block, block)`` bool, ``[query, key]``; False beyond the end of a sequence.
         q_spans, k_spans: where query and key blocks lie in the (packed) tensors.
         packed: the spans describe several sequences that lie one after another.
+        seqlen_q, seqlen_k: query and key tokens (of all sequences together when packed); read off the spans when left out.
 
     Invariants, checked by :meth:`validate`:
         I1  all tensors have the documented shape and dtype and lie on one device
@@ -34,7 +39,7 @@ class Layout:
         I3  ``0 <= full <=`` length of the line
         I4  block numbers are in range, ascending, and no block is listed twice in a line
         I5  tile numbers and ``tile_ptr`` are in range
-        I6  spans are consecutive, each 1 to ``block`` tokens, only the last of a sequence shorter; sequence numbers never decrease
+        I6  spans are consecutive, cover seqlen_q and seqlen_k, each 1 to ``block`` tokens, only the last of a sequence shorter; sequence numbers never decrease
         I7  a row lists key blocks of its own sequence only
         I8  a key block shorter than ``block`` is never listed as full, and tiles are False beyond it
         I9  when ``causal``, no listed pair has its key after its query
@@ -47,20 +52,19 @@ class Layout:
     q_spans: Spans
     k_spans: Spans
     packed: bool = False
+    seqlen_q: int = -1
+    seqlen_k: int = -1
+
+    def __post_init__(self) -> None:
+        # Plain numbers, so that nobody has to ask the device (or a compiler) for them later.
+        for name, spans in (("seqlen_q", self.q_spans), ("seqlen_k", self.k_spans)):
+            if getattr(self, name) < 0:
+                object.__setattr__(self, name, spans.total)
+        _LIVE[id(self.rows.ptr)] = self
 
     @property
     def heads(self) -> int:
         return self.rows.heads
-
-    @cached_property
-    def seqlen_q(self) -> int:
-        """Query tokens (of all sequences together when packed)."""
-        return self.q_spans.total
-
-    @cached_property
-    def seqlen_k(self) -> int:
-        """Key tokens (of all sequences together when packed)."""
-        return self.k_spans.total
 
     @property
     def device(self) -> torch.device:
@@ -91,15 +95,27 @@ class Layout:
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor], *, causal: bool, packed: bool) -> Layout:
+        """The layout of which these are the tensors; the very same object when it is still alive."""
+        alive = _LIVE.get(id(tensors[0]))
+        if alive is not None and alive.causal == causal and all(a is b for a, b in zip(alive.tensors(), tensors, strict=True)):
+            return alive
         index, tiles, q_spans, k_spans = tensors[:5], tensors[5], tensors[6:10], tensors[10:14]
         return cls(tiles.shape[-1], causal, BlockIndex(*index), tiles, Spans(*q_spans), Spans(*k_spans), packed)
+
+    @cached_property
+    def checked(self) -> Layout:
+        """Self, once :meth:`validate` has passed: what an op asks before it walks a layout that somebody handed in."""
+        return self.validate()
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device (itself when it lies there already)."""
         if torch.device(device) == self.device:
             return self
-        rows, tiles = self.rows.to(device), self.tiles.to(device)
-        return Layout(self.block, self.causal, rows, tiles, self.q_spans.to(device), self.k_spans.to(device), self.packed)
+        parts = (self.rows.to(device), self.tiles.to(device), self.q_spans.to(device), self.k_spans.to(device))
+        moved = Layout(self.block, self.causal, *parts, self.packed, self.seqlen_q, self.seqlen_k)
+        if "checked" in self.__dict__:
+            moved.__dict__["checked"] = moved
+        return moved
 
     def to_dense(self, head: int | None = None) -> Tensor:
         """The bool mask ``(heads, seqlen_q, seqlen_k)``, or of one head without the first axis: for tests and small drawings."""

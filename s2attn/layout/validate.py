@@ -46,7 +46,9 @@ def _shapes(layout: Layout) -> tuple[str, str] | None:
 
 
 def _spans(layout: Layout) -> tuple[str, str] | None:
-    for name, spans in (("q_spans", layout.q_spans), ("k_spans", layout.k_spans)):
+    for name, spans, total in (("q_spans", layout.q_spans, layout.seqlen_q), ("k_spans", layout.k_spans, layout.seqlen_k)):
+        if spans.total != total:
+            return "I6 spans cover seqlen_q and seqlen_k", f"{name} cover {spans.total} tokens of {total}"
         if not len(spans):
             continue
         start, length, seq, pos = (part.long() for part in spans.tensors())

@@ -51,6 +51,11 @@ class Pattern:
 
     kinds: ClassVar[dict[str, type[Pattern]]] = {}
 
+    def __post_init__(self) -> None:
+        """Keep the canonical JSON as the plain attribute ``spec``: compilers read it as a constant. Subclasses call this last."""
+        document = {"version": FORMAT_VERSION, "pattern": self.to_dict()}
+        object.__setattr__(self, "spec", json.dumps(document, sort_keys=True, separators=(",", ":")))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Pattern.kinds[cls.__name__] = cls
@@ -125,20 +130,14 @@ class Pattern:
     def _from_fields(cls, fields: dict[str, Any]) -> Pattern:
         return cls(**fields)
 
-    @cached_property
-    def spec(self) -> str:
-        """Canonical JSON: equal patterns have equal text."""
-        document = {"version": FORMAT_VERSION, "pattern": self.to_dict()}
-        return json.dumps(document, sort_keys=True, separators=(",", ":"))
-
     def to_json(self) -> str:
-        """The pattern as JSON with a format version.
+        """The pattern as canonical JSON with a format version: equal patterns have equal text.
 
         >>> from s2attn.patterns import Sink
         >>> Sink(4).to_json()
         '{"pattern":{"n":4,"type":"Sink"},"version":1}'
         """
-        return self.spec
+        return getattr(self, "spec")  # noqa: B009  an attribute, not a field: it takes no part in comparison
 
     @staticmethod
     def from_json(text: str) -> Pattern:
@@ -152,7 +151,7 @@ class Pattern:
     @cached_property
     def digest(self) -> str:
         """A hash of 16 hexadecimal digits that is the same in every process and release with the same format version."""
-        return hashlib.sha256(self.spec.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
 def read_document(text: str, name: str) -> dict[str, Any]:
@@ -202,6 +201,7 @@ class _Joined(Pattern):
     def __post_init__(self) -> None:
         if not self.of_parts or not all(isinstance(part, Pattern) for part in self.of_parts):
             raise bad_value(type(self).__name__, "must join one or more patterns", self.of_parts)
+        super().__post_init__()
 
     @classmethod
     def of(cls, *patterns: Pattern) -> Pattern:

@@ -57,6 +57,7 @@ class Blocks(Grid):
         object.__setattr__(self, "mask", _texts(self.mask))
         _check_grid(self)
         check_heads(self.heads)
+        super().__post_init__()
 
     @property
     def per_query_head(self) -> bool:
@@ -128,6 +129,7 @@ class Random(Grid):
             object.__setattr__(self, "head", check_int("Random head", self.head, 0))
         _check_grid(self, n=1, seed=0)
         check_heads(self.heads)
+        super().__post_init__()
 
     @property
     def per_query_head(self) -> bool:

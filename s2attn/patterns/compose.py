@@ -49,6 +49,7 @@ class ByRange(Pattern):
             if end is None or start < end:
                 raise bad_value("ByRange ranges", "must ascend without overlap", f"a range that starts at {start} after one to {end}")
         object.__setattr__(self, "ranges", ranges)
+        super().__post_init__()
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -124,6 +125,7 @@ class PerHead(Pattern):
         numbered.sort(key=lambda pair: pair[0])
         object.__setattr__(self, "patterns", tuple(numbered))
         check_heads(self.heads)
+        super().__post_init__()
 
     @property
     def parts(self) -> tuple[Pattern, ...]:

@@ -78,6 +78,7 @@ class Local(Grid):
 
     def __post_init__(self) -> None:
         _check_grid(self, n=1)
+        super().__post_init__()
 
     def sees(self, q_block: Array, k_block: Array, shape: Shape) -> Array:
         distance = q_block - k_block
@@ -112,6 +113,7 @@ class Stride(Grid):
             object.__setattr__(self, "offset", check_int('Stride offset, when not "head",', self.offset, 0))
         _check_grid(self, stride=1, shift=0)
         check_heads(self.heads)
+        super().__post_init__()
 
     @property
     def per_query_head(self) -> bool:
@@ -153,6 +155,7 @@ class Power(Grid):
 
     def __post_init__(self) -> None:
         _check_grid(self, base=2)
+        super().__post_init__()
 
     def _distances(self, limit: int) -> list[int]:
         distances, step = [0], 1
@@ -192,6 +195,7 @@ class Dilated(Grid):
         if self.n is not None:
             object.__setattr__(self, "n", check_int("Dilated n", self.n, 1))
         _check_grid(self, dilation=1)
+        super().__post_init__()
 
     def sees(self, q_block: Array, k_block: Array, shape: Shape) -> Array:
         distance = q_block - k_block
@@ -225,6 +229,7 @@ class LongNet(Grid):
         _check_grid(self, segment=1, levels=1)
         if self.segment & (self.segment - 1):
             raise ValueError(f"LongNet segment must be a power of two; got {self.segment}")
+        super().__post_init__()
 
     def sees(self, q_block: Array, k_block: Array, shape: Shape) -> Array:
         differ = q_block ^ k_block

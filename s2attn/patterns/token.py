@@ -68,6 +68,7 @@ class Window(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n", check_int("Window n", self.n, 1))
+        super().__post_init__()
 
     def _bands(self, causal: bool) -> _Band:
         return _Band(0 if causal else 1 - self.n, self.n)
@@ -90,6 +91,7 @@ class Sink(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n", check_int("Sink n", self.n, 1))
+        super().__post_init__()
 
     def _allowed(self, q: Array, k: Array, shape: Shape) -> Array:
         return k < self.n
@@ -112,6 +114,7 @@ class Global(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n", check_int("Global n", self.n, 1))
+        super().__post_init__()
 
     def _allowed(self, q: Array, k: Array, shape: Shape) -> Array:
         return (k < self.n) | (q < self.n)

@@ -1,0 +1,85 @@
+"""`SparseAttention`: attention with a pattern as a module without parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.layout import HeadRange
+from s2attn.ops import attention
+from s2attn.patterns import Pattern
+
+
+class SparseAttention(nn.Module):
+    """Attention over the keys that a pattern lets each query see; no projections, no parameters, nothing in the state dict.
+
+    Args:
+        pattern: which keys are seen.
+        num_heads: query heads H of the tensors that come.
+        num_kv_heads: key/value heads G, H by default.
+        causal, scale, backend: as in `s2attn.attention`.
+        layer: number of the layer, for patterns that differ by layer.
+        heads: the global heads that these are, under tensor parallelism.
+
+    >>> layer = SparseAttention(Pattern.from_json('{"version": 1, "pattern": {"type": "Window", "n": 8}}'), num_heads=4, num_kv_heads=2)
+    >>> layer(torch.randn(2, 100, 4, 16), torch.randn(2, 100, 2, 16), torch.randn(2, 100, 2, 16)).shape
+    torch.Size([2, 100, 4, 16])
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        layer: int = 0,
+        heads: HeadRange | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(pattern, Pattern):
+            raise bad_kind("pattern", "must be a Pattern", pattern)
+        self.pattern = pattern
+        self.num_heads = check_int("num_heads", num_heads, 1)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
+        if self.num_heads % self.num_kv_heads:
+            raise bad_value("num_kv_heads", f"must divide num_heads ({self.num_heads})", num_kv_heads)
+        self.causal, self.scale, self.layer, self.heads, self.backend = causal, scale, check_int("layer", layer, 0), heads, backend
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attend; shapes and results as in `s2attn.attention`."""
+        if isinstance(q, torch.Tensor) and q.dim() >= 2 and q.shape[-2] != self.num_heads:
+            raise bad_value("q", f"must have num_heads ({self.num_heads}) heads", q.shape[-2])
+        if isinstance(k, torch.Tensor) and k.dim() >= 2 and k.shape[-2] != self.num_kv_heads:
+            raise bad_value("k", f"must have num_kv_heads ({self.num_kv_heads}) heads", k.shape[-2])
+        return attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            causal=self.causal,
+            scale=self.scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            return_lse=return_lse,
+            layer=self.layer,
+            heads=self.heads,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.pattern!r}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, causal={self.causal}, layer={self.layer}"

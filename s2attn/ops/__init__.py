@@ -1,0 +1,6 @@
+"""One op with one meaning: validation, torch.library registration, autograd, and the merging of partial results."""
+
+from s2attn.ops.attention import attention
+from s2attn.ops.merge import merge
+
+__all__ = ["attention", "merge"]

@@ -1,0 +1,110 @@
+"""`attention`: the one function that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2attn.core import bad_kind, bad_value, check_block, check_int
+from s2attn.layout import HeadRange, Layout
+from s2attn.ops import register as _register
+from s2attn.ops.checks import check_cu_seqlens, check_layout, check_scale, check_tensors
+from s2attn.ops.source import layout_text, pattern_text
+from s2attn.patterns import Pattern, Recipe
+
+__all__ = ["attention"]
+_register  # the op exists once this module is loaded
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Layout,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    block: int | None = None,
+    layer: int = 0,
+    heads: HeadRange | None = None,
+    backend: str = "auto",
+) -> Any:
+    """Exact softmax attention over the keys that a pattern lets each query see.
+
+    ``out[i] = sum_j softmax_j(scale * q[i].k[j]) v[j]`` over the allowed j. Queries sit at the end of the keys: query i of T has
+    position ``i + S - T``, so prefill, a chunk of it, and decoding follow one rule. Differentiable in q, k, v, through out and lse.
+
+    Args:
+        q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides.
+        k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
+        pattern: which keys are seen: a `Pattern`, or a `Layout` made by `build_layout` (then ``block``, ``layer`` and ``heads`` do not apply).
+        causal: cut keys after the query.
+        scale: factor on q.k; ``D ** -0.5`` by default.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences.
+        return_lse: return ``(out, lse)``.
+        block: tokens per block of the layout that is built from a pattern; by default the pattern's finest grid, at most 128, or 64.
+        layer: number of the layer, for patterns that differ by layer.
+        heads: the global heads that these are, under tensor parallelism.
+        backend: "auto", or the name of one; an explicit choice never falls back to another.
+
+    Returns:
+        out ``(B, T, H, Dv)`` or ``(total_q, H, Dv)`` in q's dtype; with ``return_lse`` also the natural log of the softmax denominator,
+        ``(B, H, T)`` or ``(H, total_q)``, float32 (float64 for float64). A query that sees no key gives 0 and -inf, and gradients of 0.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named with its rule, before any work.
+        Unsupported: no backend, or not the named one, can serve the call; with every reason.
+
+    >>> import torch, s2attn
+    >>> q, k, v = (torch.randn(1, 256, heads, 32) for heads in (4, 2, 2))
+    >>> s2attn.attention(q, k, v, s2attn.Sink(4) | s2attn.Window(64)).shape
+    torch.Size([1, 256, 4, 32])
+    """
+    given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, getattr(q, "device", torch.device("cpu")))
+    packed = bool(given)
+    check_tensors(q, k, v, packed)
+    scale = check_scale(scale, q.shape[-1])
+    if not isinstance(backend, str):
+        raise bad_kind("backend", "must be a string", backend)
+    q, k, v = _autocast(q, k, v)
+    if isinstance(pattern, Layout):
+        if block is not None or layer or heads is not None:
+            raise bad_value("block, layer and heads", "must be left out when a Layout is given", (block, layer, heads))
+        check_layout(pattern, q, k, causal, packed)
+        source, index = layout_text(pattern), pattern.tensors()
+    else:
+        source, index = _pattern_source(pattern, block, causal, layer, heads, q), given
+    if packed:
+        out, lse = torch.ops.s2attn.attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), index, source, scale, backend)
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    else:
+        out, lse = torch.ops.s2attn.attention(q, k, v, index, source, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, heads: HeadRange | None, q: Tensor) -> str:
+    if not isinstance(pattern, Pattern):
+        hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
+        raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)
+    if block is not None:
+        check_block("block", block)
+    if heads is not None:
+        if not isinstance(heads, HeadRange):
+            raise bad_kind("heads", "must be a HeadRange", heads)
+        if heads.end - heads.start != q.shape[-2]:
+            raise bad_value("heads", f"must name as many heads as q has ({q.shape[-2]})", f"({heads.start}, {heads.end})")
+    return pattern_text(pattern, block, bool(causal), check_int("layer", layer, 0), heads)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast attention runs in the autocast dtype, as torch's own does; float64 is left alone."""
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -1,0 +1,87 @@
+"""What every attention call must satisfy before any kernel runs, in words that name the argument, the rule and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from s2attn.core import bad_kind, bad_value
+from s2attn.layout import Layout
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """Kinds, dtypes, devices and shapes of q, k, v.
+
+    Raises:
+        TypeError: not a tensor, not floating point, or dtypes that differ.
+        ValueError: shapes or devices that do not fit.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise bad_kind(name, "must be a tensor", tensor)
+        axes = "(total, heads, head_dim) with cu_seqlens" if packed else "(batch, seq, heads, head_dim)"
+        if tensor.dim() != (3 if packed else 4):
+            raise bad_value(name, f"must have shape {axes}", tuple(tensor.shape))
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating point dtype; got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}; got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise bad_value(name, f"must lie on the device of q, {q.device}", tensor.device)
+    if k.shape[:-1] != v.shape[:-1]:
+        raise bad_value("v", f"must have the shape of k but for the last axis, {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
+    if not packed and q.shape[0] != k.shape[0]:
+        raise bad_value("k", f"must have the batch of q, {q.shape[0]}", k.shape[0])
+    if q.shape[-1] != k.shape[-1] or not q.shape[-1] or not v.shape[-1]:
+        raise bad_value("k", f"must have the head_dim of q, {q.shape[-1]}, and no head_dim may be 0", (k.shape[-1], v.shape[-1]))
+    if not q.shape[-2] or not k.shape[-2] or q.shape[-2] % k.shape[-2]:
+        raise bad_value("q", f"must have a multiple of the {k.shape[-2]} heads of k", q.shape[-2])
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q.k: ``head_dim ** -0.5`` when None, otherwise a finite number."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise bad_kind("scale", "must be a number", scale)
+    if not math.isfinite(scale):
+        raise bad_value("scale", "must be finite", scale)
+    return float(scale)
+
+
+def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device) -> list[Tensor]:
+    """Kinds and shapes of the cumulative lengths; their numbers are checked where they are read, before any kernel runs."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return []
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise bad_value("cu_seqlens_q and cu_seqlens_k", "must be given together", f"no {missing}")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, Tensor):
+            raise bad_kind(name, "must be an int32 or int64 tensor", cu)
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be an int32 or int64 tensor; got {cu.dtype}")
+        if cu.dim() != 1 or cu.shape[0] < 2:
+            raise bad_value(name, "must have shape (sequences + 1,)", tuple(cu.shape))
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise bad_value("cu_seqlens_k", f"must have as many numbers as cu_seqlens_q ({cu_seqlens_q.shape[0]})", cu_seqlens_k.shape[0])
+    return [cu_seqlens_q, cu_seqlens_k]
+
+
+def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: bool) -> None:
+    """An explicit layout against the call: lengths, heads, device, causality, packing."""
+    seq, heads = (0, 1) if packed else (1, 2)
+    if layout.packed != packed:
+        kind = "packed sequences, so q must be (total, heads, head_dim) with cu_seqlens" if layout.packed else "one sequence, not packed ones"
+        raise bad_value("layout", f"must describe the call; it is of {kind}", "packed tensors" if packed else "unpacked tensors")
+    if (layout.seqlen_q, layout.seqlen_k) != (q.shape[seq], k.shape[seq]):
+        came = f"({layout.seqlen_q}, {layout.seqlen_k})"
+        raise bad_value("layout", f"must have the lengths of q and k, ({q.shape[seq]}, {k.shape[seq]})", came)
+    if q.shape[heads] % layout.heads:
+        raise bad_value("layout", f"must have a number of heads that divides the {q.shape[heads]} heads of q", layout.heads)
+    if layout.device != q.device:
+        raise bad_value("layout", f"must lie on the device of q, {q.device}; layout.to(q.device) moves it", layout.device)
+    if causal and not layout.causal:
+        raise bad_value("layout", "must be causal, or causal=False be passed", "a layout that lists keys after their query")

@@ -1,0 +1,84 @@
+"""From what a call names (a pattern's text, or a layout's tensors) to the `Layout` object, found again on every later call.
+
+An op of torch.library takes tensors, numbers and text only. A static pattern travels as text, so that a compiled graph holds nothing
+but that text and works for every length; an explicit layout travels as its tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from threading import Lock
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from s2attn.layout import HeadRange, Layout, build_layout, read_cu_seqlens
+from s2attn.patterns import Pattern
+
+LAYOUT_TEXT = "layout"
+
+_lock = Lock()
+_layouts: OrderedDict[tuple, Layout] = OrderedDict()
+_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_KEEP_LAYOUTS = 256
+_KEEP_BYTES = 2 << 30
+
+
+def pattern_text(pattern: Pattern, block: int | None, causal: bool, layer: int, heads: HeadRange | None) -> str:
+    """A call with a pattern as one line of text; :func:`find_layout` reads it."""
+    where = "" if heads is None else f"{heads.start},{heads.end},{heads.num_heads},{heads.num_kv_heads}"
+    return f"{block or 0};{int(causal)};{layer};{where};{pattern.to_json()}"
+
+
+def layout_text(layout: Layout) -> str:
+    """A call with an explicit layout as text; its tensors travel beside it."""
+    return f"{LAYOUT_TEXT};{int(layout.causal)};{int(layout.packed)}"
+
+
+def find_layout(text: str, index: list[Tensor], q: Tensor, k: Tensor) -> Layout:
+    """The layout for a call of the op on q ``(B, T, H, D)`` and k ``(B, S, G, D)``; built when it is new, and checked when it was given."""
+    if text.startswith(LAYOUT_TEXT):
+        _, causal, packed = text.split(";")
+        return Layout.from_tensors(index, causal=causal == "1", packed=packed == "1").checked
+    lengths = tuple(_read_once(name, cu, total) for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_k"), index, (q.shape[1], k.shape[1]), strict=False))
+    key = (text, q.shape[1], q.shape[2], k.shape[1], k.shape[2], q.device, lengths)
+    with _lock:
+        found = _layouts.get(key)
+        if found is not None:
+            _layouts.move_to_end(key)
+            return found
+    made = _build(text, lengths, q, k)
+    with _lock:
+        _layouts[key] = made
+        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or sum(layout.nbytes for layout in _layouts.values()) > _KEEP_BYTES):
+            _layouts.popitem(last=False)
+    return made
+
+
+def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
+    """The numbers of a vector of cumulative lengths; a tensor that was read before is not read (and its device not waited for) again."""
+    version = cu_seqlens._version
+    known = _lengths.get(cu_seqlens)
+    if known is None or known[0] != (version, total):
+        known = ((version, total), tuple(read_cu_seqlens(name, cu_seqlens, total)))
+        _lengths[cu_seqlens] = known
+    return known[1]
+
+
+def _build(text: str, lengths: tuple[tuple[int, ...], ...], q: Tensor, k: Tensor) -> Layout:
+    block, causal, layer, where, spec = text.split(";", 4)
+    heads = HeadRange(*(int(number) for number in where.split(","))) if where else None
+    if lengths:
+        cu_q, cu_k = (torch.tensor(numbers) for numbers in lengths)
+        sizes = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    else:
+        sizes = {"seqlen_q": q.shape[1], "seqlen_k": k.shape[1]}
+    settings = {"block": int(block) or None, "causal": causal == "1", "layer": int(layer), "heads": heads, "device": q.device}
+    return build_layout(Pattern.from_json(spec), q.shape[2], k.shape[2], **sizes, **settings)
+
+
+def forget_layouts() -> None:
+    """Drop all layouts that calls have built, and give their memory back."""
+    with _lock:
+        _layouts.clear()
