@@ -6,6 +6,7 @@ from torch import nn
 from s2attn import Pattern, Recipe, Sink, Window
 from s2attn.nn import SparseAttention
 
+torch.set_num_threads(1)  # a model this small only waits for a second thread
 WIDTH, HEADS, LENGTH, SYMBOLS = 32, 2, 128, 8
 
 

@@ -21,6 +21,12 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """A long contract does not make a function hard to read, so it does not count."""
+    first = node.body[0]
+    return (first.end_lineno or first.lineno) - first.lineno + 1 if ast.get_docstring(node) is not None else 0
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_and_functions_stay_readable(path: Path) -> None:
     text = path.read_text()
@@ -28,7 +34,7 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     long = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1 - docstring_lines(node)
             if lines > MAX_FUNCTION_LINES:
                 long.append(f"{node.name}: {lines} lines")
     assert long == []
