@@ -46,7 +46,7 @@ class Runs:
         """Any progressions, cut to members in ``[0, limit)`` and brought into canonical form."""
         row, start, count = (np.asarray(x, dtype=np.int64) for x in np.broadcast_arrays(row, start, count))
         step = np.broadcast_to(np.asarray(step, dtype=np.int64), row.shape)
-        return _canonical(*_cut(row, start, step, count, np.int64(0), np.int64(limit - 1)))
+        return _canonical(*_cut(np.int64(0), np.int64(limit - 1), row, start, step, count))
 
     @classmethod
     def none(cls) -> Runs:
@@ -79,7 +79,7 @@ class Runs:
         # The progression with the wider step is cut to the common span; its members must then be members of the other one.
         wide_a = step_a >= step_b
         wide = [np.where(wide_a, x[a], y[b]) for x, y in zip(_parts(self), _parts(other), strict=True)]
-        row, start, step, count = _cut(*wide, lo, hi, keep_empty=True)
+        row, start, step, count = _cut(lo, hi, *wide, keep_empty=True)
         dense_start, dense_step = np.where(wide_a, other.start[b], self.start[a]), np.where(wide_a, step_b, step_a)
         aligned = (start - dense_start) % dense_step == 0
         simple = (dense_step == 1) | ((step % dense_step == 0) & aligned)
@@ -99,7 +99,7 @@ class Runs:
         plain = other.step == 1
         left = _outside(self, _take(other, plain))
         strided = _take(other, ~plain)
-        a, b = _overlapping(left, strided)
+        a, _ = _overlapping(left, strided)
         if not len(a):
             return left
         touched = np.zeros(len(left), dtype=bool)
@@ -114,11 +114,11 @@ class Runs:
 
     def below(self, end: Array) -> Runs:
         """The members of row i that are at most ``end[i]``."""
-        return _singles(*_cut(*_parts(self), -_HALF, end[self.row]))
+        return _singles(*_cut(-_HALF, end[self.row], *_parts(self)))
 
     def above(self, begin: Array) -> Runs:
         """The members of row i that are greater than ``begin[i]``."""
-        return _singles(*_cut(*_parts(self), begin[self.row] + 1, _HALF))
+        return _singles(*_cut(begin[self.row] + 1, _HALF, *_parts(self)))
 
     def expand(self) -> tuple[Array, Array]:
         """All members as ``(row, member)``, ascending."""
@@ -151,7 +151,9 @@ def _singles(row: Array, start: Array, step: Array, count: Array) -> Runs:
     return Runs(row, start, np.where(count == 1, 1, step), count)
 
 
-def _cut(row: Array, start: Array, step: Array, count: Array, lo: Array, hi: Array, keep_empty: bool = False):
+def _cut(
+    lo: Array | np.int64, hi: Array | np.int64, row: Array, start: Array, step: Array, count: Array, *, keep_empty: bool = False
+) -> tuple[Array, Array, Array, Array]:
     """Keep the members in ``lo .. hi`` (both included)."""
     skip = np.maximum(0, -((start - lo) // step))
     last = start + (count - 1) * step
@@ -163,7 +165,7 @@ def _cut(row: Array, start: Array, step: Array, count: Array, lo: Array, hi: Arr
     return row[keep], first[keep], step[keep], count[keep]
 
 
-def _canonical(row: Array, start: Array, step: Array, count: Array, merge: bool = True) -> Runs:
+def _canonical(row: Array, start: Array, step: Array, count: Array, *, merge: bool = True) -> Runs:
     """Sort, and make the spans of each row disjoint without changing the sets."""
     step = np.where(count == 1, 1, step)
     key = _key(row, start)
@@ -229,7 +231,7 @@ def _outside(runs: Runs, intervals: Runs) -> Runs:
     safe_before, safe_after = np.clip(before, 0, len(intervals) - 1), np.clip(after, 0, len(intervals) - 1)
     lo = np.where(gap == 0, -_HALF + 1, intervals.last[safe_before] + 1)
     hi = np.where(gap == met[owner], _HALF - 1, intervals.start[safe_after] - 1)
-    return _singles(*_cut(*(part[owner] for part in _parts(runs)), lo, hi))
+    return _singles(*_cut(lo, hi, *(part[owner] for part in _parts(runs))))
 
 
 def _from_keys(keys: Array) -> Runs:
