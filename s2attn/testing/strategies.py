@@ -93,7 +93,7 @@ def call_shapes(longest: int = 300) -> st.SearchStrategy[CallShape]:
     lengths = st.tuples(st.integers(1, longest), st.integers(1, longest))
     square = lengths.map(lambda pair: (pair[0], pair[0]))
     return st.builds(
-        lambda group, pair, block, causal, layer: CallShape(*group, *pair, block, causal, layer),
+        lambda group, pair, block, causal, layer: CallShape(group[0], group[1], pair[0], pair[1], block, causal, layer),
         groups,
         st.one_of(square, lengths),
         st.sampled_from([16, 32, 64, 128, 256]),
