@@ -216,9 +216,9 @@ class Dilated(Grid):
 class LongNet(Grid):
     """Segments that double while they thin out (LongNet, arXiv:2307.02486, section 3; on block numbers as in arXiv:2503.03588).
 
-    Level i of ``levels``: query and key block lie in the same aligned segment of ``segment * 2**i`` blocks, and their numbers agree
-    modulo ``2**i``; with the defaults ``(q ^ k) < 8``, or ``< 16`` and even, ``< 32`` and divisible by 4, and so on to ``< 128``.
-    ``segment`` is a power of two.
+    Level i of ``levels``: query and key block lie in the same aligned segment of ``segment * 2**i`` blocks, and the key block's number
+    is divisible by ``2**i``; with the defaults ``(q ^ k) < 8``, or ``< 16`` and k even, ``< 32`` and k divisible by 4, and so on to
+    ``< 128``. ``segment`` is a power of two. The last of 128 blocks never sees more than 80 of them, however many the layers.
     """
 
     segment: int = 8
@@ -235,12 +235,12 @@ class LongNet(Grid):
         differ = q_block ^ k_block
         seen = np.zeros(np.shape(differ), dtype=bool)
         for level in range(self.levels):
-            seen |= (differ >= 0) & (differ < self.segment << level) & (differ & ((1 << level) - 1) == 0)
+            seen |= (differ >= 0) & (differ < self.segment << level) & (k_block & ((1 << level) - 1) == 0)
         return seen
 
     def lists(self, q_block: Array, shape: Shape) -> Runs:
         rows, total = np.arange(len(q_block)), Runs.none()
         for level in range(self.levels):
-            first = (q_block & ~((self.segment << level) - 1)) + (q_block & ((1 << level) - 1))
+            first = q_block & ~((self.segment << level) - 1)
             total |= Runs.of(rows, first, 1 << level, np.full(len(rows), self.segment), self.limit(shape))
         return total

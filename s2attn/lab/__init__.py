@@ -1,0 +1,1 @@
+"""Judging patterns, and small training runs that show what a pattern is worth."""
