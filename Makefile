@@ -6,12 +6,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TORCH := torch==2.13.0
 PINS := "numpy<2.4"
 TRITON := triton==3.6.0; sys_platform == 'linux'
 # One torch thread per worker: workers that share cores must not fight for them.
-WORKERS ?= 2
+WORKERS ?= auto
 ARGS ?=
 
 help:
@@ -26,7 +26,7 @@ demo: $(VENV)/.ready-test
 	$(BIN)/s2attn demo
 
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check
