@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -45,9 +47,10 @@ class HeadRange:
         return range(self.start, self.end)
 
 
-def layout_heads(pattern: Pattern, heads: HeadRange, num_kv_heads: int, layer: int) -> list[Pattern]:
+@lru_cache(maxsize=256)
+def layout_heads(pattern: Pattern, heads: HeadRange, num_kv_heads: int, layer: int) -> tuple[Pattern, ...]:
     """The resolved pattern of every layout head: one per local KV head, or per query head where the pattern tells them apart."""
-    resolved = [pattern.at(Head(h, heads.num_heads, heads.num_kv_heads, layer)) for h in heads.query_heads]
+    resolved = tuple(pattern.at(Head(h, heads.num_heads, heads.num_kv_heads, layer)) for h in heads.query_heads)
     group = len(resolved) // num_kv_heads
     shared = all(resolved[h] == resolved[h - h % group] for h in range(len(resolved)))
     return resolved[::group] if shared and not pattern.per_query_head else resolved
@@ -145,7 +148,7 @@ def read_cu_seqlens(name: str, cu_seqlens: Tensor, total: int | None = None) -> 
     numbers = cu_seqlens.tolist()
     if numbers[0] != 0:
         raise bad_value(name, "must start at 0", numbers[0])
-    for before, after in zip(numbers, numbers[1:], strict=False):
+    for before, after in pairwise(numbers):
         if after < before:
             raise bad_value(name, "must never decrease", f"{after} after {before}")
     if total is not None and numbers[-1] != total:
@@ -206,9 +209,7 @@ def build_layout(
     return _build(resolved, lengths_q, lengths_k, block, bool(causal), packed).to(device)
 
 
-def _lengths(
-    seqlen_q: int | None, seqlen_k: int | None, cu_q: Tensor | None, cu_k: Tensor | None
-) -> tuple[list[int], list[int], bool]:
+def _lengths(seqlen_q: int | None, seqlen_k: int | None, cu_q: Tensor | None, cu_k: Tensor | None) -> tuple[list[int], list[int], bool]:
     if cu_q is None and cu_k is None:
         q = check_int("seqlen_q", seqlen_q, 0)
         return [q], [q if seqlen_k is None else check_int("seqlen_k", seqlen_k, 0)], False
@@ -220,9 +221,7 @@ def _lengths(
     return np.diff(numbers_q).tolist(), np.diff(numbers_k).tolist(), True
 
 
-def _build(
-    resolved: Sequence[Pattern], lengths_q: list[int], lengths_k: list[int], block: int, causal: bool, packed: bool
-) -> Layout:
+def _build(resolved: Sequence[Pattern], lengths_q: list[int], lengths_k: list[int], block: int, causal: bool, packed: bool) -> Layout:
     offsets = [k - q for q, k in zip(lengths_q, lengths_k, strict=True)]
     q_spans, k_spans = spans_of(lengths_q, block, offsets), spans_of(lengths_k, block)
     unique = list(dict.fromkeys(resolved))

@@ -94,9 +94,7 @@ def to_block_table(layout: Layout) -> tuple[Tensor, Tensor]:
     return table, counts
 
 
-def from_block_table(
-    table: Tensor, counts: Tensor, *, seqlen_q: int, seqlen_k: int, block: int = 64, causal: bool = True
-) -> Layout:
+def from_block_table(table: Tensor, counts: Tensor, *, seqlen_q: int, seqlen_k: int, block: int = 64, causal: bool = True) -> Layout:
     """A layout from a padded table of key blocks; with ``causal`` the pairs after the query are cut from the listed blocks.
 
     Args:
@@ -113,7 +111,9 @@ def from_block_table(
     seqlen_q, seqlen_k = check_int("seqlen_q", seqlen_q, 0), check_int("seqlen_k", seqlen_k, 0)
     rows, cols = -(-seqlen_q // block), -(-seqlen_k // block)
     if table.dim() != 3 or table.shape[1] != rows or counts.shape != table.shape[:2]:
-        raise bad_value("table", f"must have shape (heads, {rows}, width), and counts (heads, {rows})", (tuple(table.shape), tuple(counts.shape)))
+        raise bad_value(
+            "table", f"must have shape (heads, {rows}, width), and counts (heads, {rows})", (tuple(table.shape), tuple(counts.shape))
+        )
     if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > table.shape[2]):
         raise bad_value("counts", f"must be in 0 .. {table.shape[2]}", [int(counts.min()), int(counts.max())])
     offset = seqlen_k - seqlen_q

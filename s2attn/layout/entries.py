@@ -40,7 +40,9 @@ def first_with_same_lists(index: BlockIndex) -> list[int]:
     corners = torch.stack([index.ptr[:, 0], index.ptr[:, -1], index.tile_ptr[:, 0], index.tile_ptr[:, -1]], dim=1).tolist()
     candidates = [first.setdefault(tuple(corner), head) for head, corner in enumerate(corners)]
     same = [
-        torch.equal(index.ptr[h], index.ptr[c]) and torch.equal(index.full[h], index.full[c]) and torch.equal(index.tile_ptr[h], index.tile_ptr[c])
+        torch.equal(index.ptr[h], index.ptr[c])
+        and torch.equal(index.full[h], index.full[c])
+        and torch.equal(index.tile_ptr[h], index.tile_ptr[c])
         for h, c in enumerate(candidates)
     ]
     return [c if equal else h for h, (c, equal) in enumerate(zip(candidates, same, strict=True))]

@@ -39,7 +39,7 @@ class Layout:
         I3  ``0 <= full <=`` length of the line
         I4  block numbers are in range, ascending, and no block is listed twice in a line
         I5  tile numbers and ``tile_ptr`` are in range
-        I6  spans are consecutive, cover seqlen_q and seqlen_k, each 1 to ``block`` tokens, only the last of a sequence shorter; sequence numbers never decrease
+        I6  spans are consecutive and cover seqlen_q and seqlen_k; each holds 1 to ``block`` tokens, only a sequence's last one fewer
         I7  a row lists key blocks of its own sequence only
         I8  a key block shorter than ``block`` is never listed as full, and tiles are False beyond it
         I9  when ``causal``, no listed pair has its key after its query

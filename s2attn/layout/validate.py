@@ -128,4 +128,3 @@ def _tiles(layout: Layout) -> tuple[str, str] | None:
         if layout.causal and bool((ahead[tile] + layout.k_spans.pos[idx] > layout.q_spans.pos[line]).any()):
             return "I9 a causal layout lists no pair whose key is after its query", f"a partial block of head {head}"
     return None
-

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout
-from s2attn.ops import register as _register
 from s2attn.ops.checks import check_cu_seqlens, check_layout, check_scale, check_tensors
+from s2attn.ops.register import attention_op
 from s2attn.ops.source import layout_text, pattern_text
 from s2attn.patterns import Pattern, Recipe
-
-__all__ = ["attention"]
-_register  # the op exists once this module is loaded
 
 
 def attention(
@@ -42,7 +39,7 @@ def attention(
     Args:
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides.
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
-        pattern: which keys are seen: a `Pattern`, or a `Layout` made by `build_layout` (then ``block``, ``layer`` and ``heads`` do not apply).
+        pattern: which keys are seen: a `Pattern`, or a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply).
         causal: cut keys after the query.
         scale: factor on q.k; ``D ** -0.5`` by default.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences.
@@ -65,7 +62,7 @@ def attention(
     >>> s2attn.attention(q, k, v, s2attn.Sink(4) | s2attn.Window(64)).shape
     torch.Size([1, 256, 4, 32])
     """
-    given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, getattr(q, "device", torch.device("cpu")))
+    given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     packed = bool(given)
     check_tensors(q, k, v, packed)
     scale = check_scale(scale, q.shape[-1])
@@ -80,10 +77,10 @@ def attention(
     else:
         source, index = _pattern_source(pattern, block, causal, layer, heads, q), given
     if packed:
-        out, lse = torch.ops.s2attn.attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), index, source, scale, backend)
+        out, lse = attention_op(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), index, source, scale, backend)
         out, lse = out.squeeze(0), lse.squeeze(0)
     else:
-        out, lse = torch.ops.s2attn.attention(q, k, v, index, source, scale, backend)
+        out, lse = attention_op(q, k, v, index, source, scale, backend)
     return (out, lse) if return_lse else out
 
 

@@ -51,7 +51,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device) -> list[Tensor]:
+def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[Tensor]:
     """Kinds and shapes of the cumulative lengths; their numbers are checked where they are read, before any kernel runs."""
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return []
@@ -74,7 +74,9 @@ def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: boo
     """An explicit layout against the call: lengths, heads, device, causality, packing."""
     seq, heads = (0, 1) if packed else (1, 2)
     if layout.packed != packed:
-        kind = "packed sequences, so q must be (total, heads, head_dim) with cu_seqlens" if layout.packed else "one sequence, not packed ones"
+        kind = (
+            "packed sequences, so q must be (total, heads, head_dim) with cu_seqlens" if layout.packed else "one sequence, not packed ones"
+        )
         raise bad_value("layout", f"must describe the call; it is of {kind}", "packed tensors" if packed else "unpacked tensors")
     if (layout.seqlen_q, layout.seqlen_k) != (q.shape[seq], k.shape[seq]):
         came = f"({layout.seqlen_q}, {layout.seqlen_k})"

@@ -80,9 +80,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *index = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (None,) * 7
-    grads = torch.ops.s2attn.attention_backward(dout, dlse, q, k, v, out, lse, index, *ctx.call)
+    grads = (None, None, None)
+    if dout is not None or dlse is not None:
+        grads = torch.ops.s2attn.attention_backward(dout, dlse, q, k, v, out, lse, index, *ctx.call)
     return (*grads, [None] * len(index), None, None, None)
 
 
@@ -95,3 +95,4 @@ for _name, _impl, _fake in (("attention", _forward, _forward_fake), ("attention_
     torch.library.register_fake(f"s2attn::{_name}", _fake, lib=_library)
 torch.library.register_autograd("s2attn::attention", _differentiate, setup_context=_setup, lib=_library)
 torch.library.register_autograd("s2attn::attention_backward", _no_second_derivative, lib=_library)
+attention_op = torch.ops.s2attn.attention.default

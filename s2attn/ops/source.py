@@ -7,7 +7,9 @@ but that text and works for every length; an explicit layout travels as its tens
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +43,10 @@ def find_layout(text: str, index: list[Tensor], q: Tensor, k: Tensor) -> Layout:
     if text.startswith(LAYOUT_TEXT):
         _, causal, packed = text.split(";")
         return Layout.from_tensors(index, causal=causal == "1", packed=packed == "1").checked
-    lengths = tuple(_read_once(name, cu, total) for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_k"), index, (q.shape[1], k.shape[1]), strict=False))
+    lengths = tuple(
+        _read_once(name, cu, total)
+        for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_k"), index, (q.shape[1], k.shape[1]), strict=False)
+    )
     key = (text, q.shape[1], q.shape[2], k.shape[1], k.shape[2], q.device, lengths)
     with _lock:
         found = _layouts.get(key)
@@ -69,13 +74,25 @@ def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
 def _build(text: str, lengths: tuple[tuple[int, ...], ...], q: Tensor, k: Tensor) -> Layout:
     block, causal, layer, where, spec = text.split(";", 4)
     heads = HeadRange(*(int(number) for number in where.split(","))) if where else None
+    sizes: dict[str, Any]
     if lengths:
         cu_q, cu_k = (torch.tensor(numbers) for numbers in lengths)
         sizes = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     else:
         sizes = {"seqlen_q": q.shape[1], "seqlen_k": k.shape[1]}
-    settings = {"block": int(block) or None, "causal": causal == "1", "layer": int(layer), "heads": heads, "device": q.device}
-    return build_layout(Pattern.from_json(spec), q.shape[2], k.shape[2], **sizes, **settings)
+    settings: dict[str, Any] = {
+        "block": int(block) or None,
+        "causal": causal == "1",
+        "layer": int(layer),
+        "heads": heads,
+        "device": q.device,
+    }
+    return build_layout(_read_pattern(spec), q.shape[2], k.shape[2], **sizes, **settings)
+
+
+@lru_cache(maxsize=256)
+def _read_pattern(spec: str) -> Pattern:
+    return Pattern.from_json(spec)
 
 
 def forget_layouts() -> None:

@@ -37,6 +37,10 @@ class Head:
         return self.query * self.num_kv_heads // self.num_heads
 
 
+KINDS: dict[str, type[Pattern]] = {}
+"""Every class of pattern by its name, as JSON says it; a subclass enters itself."""
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Which keys a query may see: an immutable value without tensors.
@@ -49,16 +53,13 @@ class Pattern:
     ``signature`` (blocks with equal signatures have equal masks); one on a grid of its own derives from `Grid` instead.
     """
 
-    kinds: ClassVar[dict[str, type[Pattern]]] = {}
-
     def __post_init__(self) -> None:
         """Keep the canonical JSON as the plain attribute ``spec``: compilers read it as a constant. Subclasses call this last."""
-        document = {"version": FORMAT_VERSION, "pattern": self.to_dict()}
-        object.__setattr__(self, "spec", json.dumps(document, sort_keys=True, separators=(",", ":")))
+        object.__setattr__(self, "spec", canonical_json({"version": FORMAT_VERSION, "pattern": self.to_dict()}))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Pattern.kinds[cls.__name__] = cls
+        KINDS[cls.__name__] = cls
 
     # what a subclass gives
 
@@ -154,6 +155,23 @@ class Pattern:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
+def canonical_json(value: Any) -> str:
+    """``json.dumps`` with sorted keys and no spaces, for plain names and numbers, in Python that torch.compile can follow.
+
+    >>> canonical_json({"b": [1, None, True], "a": "x"})
+    '{"a":"x","b":[1,null,true]}'
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, dict):
+        return "{" + ",".join([f'"{key}":{canonical_json(value[key])}' for key in sorted(value)]) + "}"
+    return "[" + ",".join([canonical_json(item) for item in value]) + "]"
+
+
 def read_document(text: str, name: str) -> dict[str, Any]:
     """The JSON object under ``name`` of a versioned document."""
     try:
@@ -171,8 +189,8 @@ def pattern_from_dict(data: Any) -> Pattern:
     """Build a pattern from the values of `Pattern.to_dict`."""
     if not isinstance(data, dict) or not isinstance(data.get("type"), str):
         raise bad_value("pattern", 'must be an object with a "type"', repr(data)[:80])
-    kind = Pattern.kinds.get(data["type"])
-    if kind is None or kind.__name__.startswith("_"):
+    kind = KINDS.get(data["type"])
+    if kind is None or kind.__name__ not in public_kinds():
         raise bad_value("pattern type", f"must be one of {', '.join(sorted(public_kinds()))}", repr(data["type"]))
     fields = {key: value for key, value in data.items() if key != "type"}
     known = {f.name for f in dataclasses.fields(kind)}
@@ -186,7 +204,7 @@ def pattern_from_dict(data: Any) -> Pattern:
 
 
 def public_kinds() -> Iterator[str]:
-    return (name for name in Pattern.kinds if not name.startswith("_") and name != "Grid")
+    return (name for name in KINDS if not name.startswith("_") and name != "Grid")
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class ByRange(Pattern):
         if not isinstance(self.ranges, Sequence) or not self.ranges:
             raise bad_value("ByRange ranges", "must be a non-empty list of (start, end, pattern)", repr(self.ranges))
         ranges = tuple(_checked_range(entry) for entry in self.ranges)
-        for (_, end, _), (start, _, _) in zip(ranges, ranges[1:], strict=False):
+        for (_, end, _), (start, _, _) in pairwise(ranges):
             if end is None or start < end:
                 raise bad_value("ByRange ranges", "must ascend without overlap", f"a range that starts at {start} after one to {end}")
         object.__setattr__(self, "ranges", ranges)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from s2attn.core import bad_value
-from s2attn.patterns.base import And, Or, Pattern, public_kinds
+from s2attn.patterns.base import KINDS, And, Or, Pattern, public_kinds
 
 _TOKEN = re.compile(r"\s*(?:(?P<sign>[|&()])|(?P<atom>[A-Za-z_]\w*(?::[^|&()\s]*)?))")
 _WRITABLE = ("Dense", "Local", "Window", "Sink", "Global", "Stride", "Power", "Dilated", "LongNet", "Random")
@@ -77,7 +77,7 @@ def _single(tokens: list[str], text: str) -> tuple[Pattern, list[str]]:
 
 def _atom(word: str) -> Pattern:
     name, _, arguments = word.partition(":")
-    kinds = {kind.lower(): Pattern.kinds[kind] for kind in public_kinds() if kind in _WRITABLE}
+    kinds = {kind.lower(): KINDS[kind] for kind in public_kinds() if kind in _WRITABLE}
     if name.lower() not in kinds:
         raise bad_value("pattern name", f"must be one of {', '.join(kinds)}", repr(name))
     kind = kinds[name.lower()]

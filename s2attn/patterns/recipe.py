@@ -72,7 +72,9 @@ class Recipe:
         """Build a recipe from the values of :meth:`to_dict`."""
         known = {"default", "dense_layers", "layers", "dense_every"}
         if not isinstance(data, dict) or "default" not in data or set(data) - known:
-            raise bad_value("recipe", f"must be an object with default and, at will, {', '.join(sorted(known - {'default'}))}", repr(data)[:80])
+            raise bad_value(
+                "recipe", f"must be an object with default and, at will, {', '.join(sorted(known - {'default'}))}", repr(data)[:80]
+            )
         layers = data.get("layers", {})
         if not isinstance(layers, dict) or not all(key.isdecimal() for key in layers):
             raise bad_value("recipe layers", "must map layer numbers to patterns", repr(layers)[:80])

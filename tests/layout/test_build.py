@@ -20,11 +20,16 @@ def expanded(layout: Layout, num_heads: int) -> torch.Tensor:
 @given(patterns(), call_shapes())
 def test_layout_is_the_pattern(pattern, shape: CallShape):
     layout = build_layout(
-        pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, block=shape.block, causal=shape.causal, layer=shape.layer
+        pattern,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.seqlen_q,
+        shape.seqlen_k,
+        block=shape.block,
+        causal=shape.causal,
+        layer=shape.layer,
     ).validate()
-    mask = dense_mask(
-        pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, causal=shape.causal, layer=shape.layer
-    )
+    mask = dense_mask(pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, causal=shape.causal, layer=shape.layer)
     assert torch.equal(expanded(layout, shape.num_heads), mask)
     assert layout.pairs.tolist() == layout.to_dense().sum(dim=(1, 2)).tolist()
 
@@ -32,7 +37,9 @@ def test_layout_is_the_pattern(pattern, shape: CallShape):
 @settings(max_examples=30)
 @given(patterns(), call_shapes())
 def test_columns_are_the_rows_turned(pattern, shape: CallShape):
-    layout = build_layout(pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, block=shape.block, causal=shape.causal)
+    layout = build_layout(
+        pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, block=shape.block, causal=shape.causal
+    )
     turned = layout.columns
     for head in range(layout.heads):
         listed = {(r, c, t) for r in range(layout.rows.lines) for c, t in _line(layout.rows, head, r)}
@@ -49,7 +56,9 @@ def _line(index, head, line):
 def test_transposing_twice_is_the_identity(pattern, shape: CallShape):
     from s2attn.layout.transpose import transpose_index
 
-    layout = build_layout(pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, block=shape.block, causal=shape.causal)
+    layout = build_layout(
+        pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, block=shape.block, causal=shape.causal
+    )
     again = transpose_index(layout.columns, layout.rows.lines)
     for head in range(layout.heads):
         for line in range(again.lines):
