@@ -1,0 +1,105 @@
+"""What is measured: a case is a value, a suite is a list of cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s2attn.core import bad_value, check_block, check_int
+from s2attn.patterns import Dense, Local, Pattern, Power, Sink, Stride, Window
+
+OPS = ("forward", "forward_backward")
+SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd"}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Causal self-attention of one shape with one pattern, float32, random normal inputs.
+
+    Attributes:
+        op: ``"forward"``, or ``"forward_backward"`` for the gradients of q, k and v as well.
+        block: tokens per block, for us and for every block-sparse peer.
+    """
+
+    name: str
+    op: str
+    pattern: Pattern
+    seqlen: int
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    batch: int = 1
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise bad_value("op", f"must be one of {', '.join(OPS)}", repr(self.op))
+        for field in ("seqlen", "heads", "kv_heads", "head_dim", "batch"):
+            check_int(field, getattr(self, field), 1)
+        if self.heads % self.kv_heads:
+            raise bad_value("heads", f"must be a multiple of kv_heads ({self.kv_heads})", self.heads)
+        check_block("block", self.block)
+
+    @property
+    def backward(self) -> bool:
+        return self.op == "forward_backward"
+
+    @property
+    def pairs_dense(self) -> int:
+        """(query, key) pairs of dense causal attention, all heads and batch entries."""
+        return self.batch * self.heads * self.seqlen * (self.seqlen + 1) // 2
+
+    def flops(self, pairs: int) -> int:
+        """Floating-point operations for so many listed pairs: 4 D each forward, 2.5 times as many more backward."""
+        return round(4 * self.head_dim * pairs * (3.5 if self.backward else 1.0))
+
+    def facts(self) -> dict[str, Any]:
+        """The case as plain values for a record."""
+        shape = {field: getattr(self, field) for field in ("seqlen", "heads", "kv_heads", "head_dim", "batch", "block")}
+        return {"case": self.name, "op": self.op, "pattern": repr(self.pattern), "dtype": "float32", **shape}
+
+
+@dataclass(frozen=True)
+class LayoutCase:
+    """Building the block index of a long sequence, nothing else."""
+
+    name: str
+    pattern: Pattern
+    seqlen: int
+    heads: int = 32
+    block: int = 64
+
+    def facts(self) -> dict[str, Any]:
+        """The case as plain values for a record."""
+        shape = {"seqlen": self.seqlen, "heads": self.heads, "block": self.block}
+        return {"case": self.name, "op": "layout", "pattern": repr(self.pattern), **shape}
+
+
+Case = AttentionCase | LayoutCase
+S2 = Local(16) | Stride(8)
+
+
+def length_cases(lengths: Sequence[int], *, backward: bool = True, pattern: Pattern = S2) -> list[Case]:
+    """One pattern (S2 when left out), 8 heads of width 64, at every length, forward and perhaps backward."""
+    ops = OPS if backward else OPS[:1]
+    return [AttentionCase(f"{seqlen} {SHORT[op]}", op, pattern, seqlen) for seqlen in lengths for op in ops]
+
+
+def cpu_suite(lengths: Sequence[int]) -> list[Case]:
+    """The suite ``cpu``: S2 at every length; GQA, other patterns and the dense pattern at the middle one; a layout of a million tokens."""
+    middle = sorted(lengths)[len(lengths) // 2]
+    shapes = [(8, 2), (16, 4)]
+    patterns = {"power": Sink(64) | Local(5) | Power(), "sink-window": Sink(64) | Window(1024), "dense": Dense()}
+    cases: list[Case] = length_cases(lengths)
+    for op in OPS:
+        cases += [AttentionCase(f"{middle} {SHORT[op]}, {h}/{g} heads", op, S2, middle, heads=h, kv_heads=g) for h, g in shapes]
+        cases += [AttentionCase(f"{middle} {SHORT[op]}, {name}", op, pattern, middle) for name, pattern in patterns.items()]
+    return [*cases, LayoutCase("layout of 1M tokens", Window(1024) | Stride(64), 1 << 20)]
+
+
+def quick_suite(lengths: Sequence[int]) -> list[Case]:
+    """A few seconds of the same kinds of cases, for tests and for a first look; its numbers mean nothing."""
+    pattern, shape = Local(2, 32) | Stride(4, block=32), {"heads": 4, "kv_heads": 2, "head_dim": 16, "block": 32}
+    cases: list[Case] = [AttentionCase(f"{n} {SHORT[op]}", op, pattern, n, **shape) for n in lengths for op in OPS]
+    return [*cases, LayoutCase("layout", Window(64) | Stride(8), 4096, heads=4)]

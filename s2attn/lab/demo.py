@@ -1,0 +1,226 @@
+"""The demo: train a dense and a sparse model on real text, save, load, generate, time attention, and tell what came out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from s2attn.core import bad_value
+from s2attn.lab.data import Corpus, read_corpus
+from s2attn.lab.generate import cache_error, generate
+from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
+from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
+
+Record = dict[str, Any]
+LOGIT_TOLERANCE = 1e-4
+"""Logits with and without a cache may differ by rounding only: so much of the largest logit, in float32."""
+
+MODEL = ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
+DENSE, SPARSE = Recipe(Dense()), Recipe(Local(4, block=32) | Stride(4, block=32), dense_layers=[0])
+TRAIN = TrainConfig(steps=300, batch=1)
+
+
+class Show(Protocol):
+    """Where the demo reports to while it runs; the command line draws it, tests stay silent."""
+
+    def stage(self, title: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def begin(self, total: int, unit: str) -> None: ...
+
+    def advance(self, text: str = "") -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that the demo does, as values; :meth:`quick` is the version of a few seconds that tests run.
+
+    Attributes:
+        dense, sparse: recipes of the two models, which are alike in everything else.
+        lengths: context lengths at which attention is timed.
+        flex: time a compiled FlexAttention too.
+    """
+
+    model: ModelConfig = MODEL
+    train: TrainConfig = TRAIN
+    dense: Recipe = DENSE
+    sparse: Recipe = SPARSE
+    lengths: tuple[int, ...] = (4096, 8192, 16384)
+    timed_pattern: Pattern = Local(16) | Stride(8)
+    flex: bool = True
+    prompt_bytes: int = 1536
+    new_bytes: int = 320
+    seed: int = 0
+    is_quick: bool = False
+    max_files: int | None = None
+
+    @classmethod
+    def quick(cls) -> DemoSettings:
+        """Tiny sizes: the same path in seconds, and no result that means anything."""
+        pattern = Local(2, block=16) | Stride(2, block=16)
+        return cls(
+            model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64),
+            train=TrainConfig(steps=6, batch=1, context=128, warmup=2, eval_every=3, eval_windows=2),
+            sparse=Recipe(pattern, dense_layers=[0]),
+            lengths=(256, 512),
+            timed_pattern=Local(2) | Stride(2),
+            flex=False,
+            prompt_bytes=96,
+            new_bytes=24,
+            is_quick=True,
+            max_files=4,
+        )
+
+    def with_options(self, *, seed: int = 0, steps: int | None = None, flex: bool = True) -> DemoSettings:
+        """The same demo with another seed or number of steps, or without FlexAttention."""
+        train = replace(self.train, seed=seed)
+        if steps is not None:
+            every = max(1, min(train.eval_every, steps))
+            train = replace(train, steps=steps, warmup=min(train.warmup, steps // 4), eval_every=every)
+        return replace(self, seed=seed, train=train, flex=self.flex and flex)
+
+    def facts(self) -> Record:
+        """The settings as plain values."""
+        return {
+            "quick": self.is_quick,
+            "seed": self.seed,
+            "model": json.loads(self.model.to_json()),
+            "train": asdict(self.train),
+            "recipes": {"dense": repr(self.dense), "s2": repr(self.sparse)},
+            "timed_pattern": repr(self.timed_pattern),
+            "lengths": list(self.lengths),
+        }
+
+
+@dataclass
+class Metrics:
+    """Every event of a run as one line of JSON."""
+
+    path: Path
+    entries: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("", encoding="utf-8")
+
+    def write(self, entry: Record) -> None:
+        self.entries.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Callable[[DemoSettings, Show], Record]) -> Record:
+    """Run the whole demo and write ``metrics.jsonl``, ``results.json`` and a checkpoint folder under ``out``.
+
+    Args:
+        time_attention: times attention at ``settings.lengths`` and returns a benchmark record.
+
+    Raises:
+        ArithmeticError: a check failed: the loaded model or the cached logits differ.
+    """
+    results: Record = {"settings": settings.facts(), "seconds": {}}
+    metrics = Metrics(out / "metrics.jsonl")
+    with _stage("Text", "text", show, results):
+        corpus = read_corpus(max_files=settings.max_files)
+        results["corpus"] = corpus.describe()
+        show.note("{train_files} files to train on, {validation_files} to validate; split by file".format(**results["corpus"]))
+    with _stage("Training a dense and an S2 model, a step of each in turn", "training", show, results):
+        runs = train_pair(settings, corpus, show, metrics)
+        results["runs"] = [run.summary() for run in runs]
+        results["history"] = {run.name: run.history for run in runs}
+    with _stage("Saving and loading the S2 model", "checkpoint", show, results):
+        model, results["checkpoint"] = checkpoint(runs[-1], corpus, out / "checkpoint")
+        show.note(f"loaded logits equal the saved model's, bit for bit; {results['checkpoint']['bytes'] / 1e6:.1f} MB of weights")
+    with _stage("Writing with a KV cache", "generation", show, results):
+        results["generation"] = write_continuation(model, corpus, settings, show)
+    with _stage("Timing attention", "attention", show, results):
+        results["attention"] = time_attention(settings, show)
+        for row in results["attention"]["rows"]:
+            metrics.write({"timing": row})
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+@contextmanager
+def _stage(title: str, name: str, show: Show, results: Record) -> Iterator[None]:
+    show.stage(title)
+    began = time.perf_counter()
+    yield
+    results["seconds"][name] = time.perf_counter() - began
+
+
+def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metrics) -> list[Run]:
+    """Train the dense and the sparse model from the same start on the same bytes; returns both runs, the sparse one last."""
+    recipes = {"dense": settings.dense, "s2": settings.sparse}
+    models = {name: LanguageModel(settings.model.with_recipe(recipe), seed=settings.seed) for name, recipe in recipes.items()}
+    runs = [Run(name, model, settings.train) for name, model in models.items()]
+    latest: dict[str, float] = {}
+
+    def log(entry: Record) -> None:
+        metrics.write(entry)
+        if "loss" in entry:
+            latest[entry["run"]] = entry["loss"]
+            show.advance("   ".join(f"{name} {loss:.2f}" for name, loss in sorted(latest.items())))
+        elif entry["run"] == "s2":
+            before = metrics.entries[-2]["validation_loss"]
+            show.note(f"step {entry['step']:>4}   validation loss   dense {before:.3f}   S2 {entry['validation_loss']:.3f}")
+
+    show.begin(settings.train.steps * len(runs), "steps")
+    train_in_turn(runs, corpus.train, corpus.validation, log)
+    show.end()
+    return runs
+
+
+def checkpoint(run: Run, corpus: Corpus, folder: Path) -> tuple[LanguageModel, Record]:
+    """Save a run, load its model again, and check that the loaded one gives the same logits, bit for bit."""
+    run.save(folder)
+    loaded = load_model(folder)
+    sample = corpus.validation[: run.config.context].long()[None]
+    with torch.no_grad():
+        same = torch.equal(run.model.eval()(sample), loaded.eval()(sample))
+    if not same:
+        raise ArithmeticError("the loaded model gives other logits than the saved one")
+    return loaded, {"bytes": (folder / "weights.pt").stat().st_size, "equal_logits": same}
+
+
+def write_continuation(model: LanguageModel, corpus: Corpus, settings: DemoSettings, show: Show) -> Record:
+    """Continue a piece of validation text with a cache, and check the logits against those without one."""
+    text = bytes(corpus.validation[: 64 * settings.prompt_bytes].tolist())
+    prompt = choose_prompt(text, settings.prompt_bytes)
+    show.begin(settings.new_bytes, "bytes")
+    made = generate(model, prompt, settings.new_bytes, seed=settings.seed, on_byte=show.advance)
+    show.end()
+    error = cache_error(model, made)
+    if not error <= LOGIT_TOLERANCE:
+        raise ArithmeticError(f"logits with a cache differ from those without by {error:.1e} of the largest, above {LOGIT_TOLERANCE:.0e}")
+    show.note(f"logits with the cache equal those without it: largest difference {error:.0e} of the largest logit")
+    return {
+        "prompt_end": prompt[-160:].decode("utf-8", errors="replace"),
+        "prompt_bytes": len(prompt),
+        "text": made.text,
+        "new_bytes": len(made.new),
+        "prefill_seconds": made.prefill_seconds,
+        "decode_seconds": made.decode_seconds,
+        "cache_error": error,
+        "cache_tolerance": LOGIT_TOLERANCE,
+    }
+
+
+def choose_prompt(text: bytes, length: int) -> bytes:
+    """``length`` bytes of ``text`` that end after the head of a function, where there is one, so that something is there to go on with."""
+    if len(text) < length:
+        raise bad_value("text", f"must have {length} bytes for a prompt", len(text))
+    at = text.find(b"\n    def ", length - 1)
+    end = text.find(b"\n", at + 1) + 1 if at >= 0 else 0
+    return text[end - length : end] if end >= length else text[:length]
