@@ -47,10 +47,11 @@ def test_no_room_imports_the_package_itself() -> None:
 
 
 def test_only_the_triton_backend_sees_kernels() -> None:
+    """The one exception compiles them for devices that are not there, which no backend does."""
     allowed = [PACKAGE / "kernels", PACKAGE / "backends" / "triton"]
     outside = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if any(home in path.parents for home in allowed):
+        if any(home in path.parents for home in allowed) or path == PACKAGE / "testing" / "compiling.py":
             continue
         outside += [f"{path.relative_to(ROOT)}:{line}" for line, name in imports_of(path) if f"{name}.".startswith("s2attn.kernels.")]
     assert outside == []
