@@ -4,6 +4,8 @@ A *pattern* says which keys a query may see, a *layout* is the block index made 
 machine is there, and `merge` joins partial results. `describe` and `plot` judge a pattern before a GPU is spent on it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from s2attn.core import Unsupported
 from s2attn.layout import HeadRange, Layout, build_layout
 from s2attn.nn import SparseAttention
@@ -28,6 +30,10 @@ from s2attn.patterns import (
     preset,
 )
 
+if TYPE_CHECKING:
+    from s2attn.lab.describe import Report, describe
+    from s2attn.lab.plot import plot
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -45,6 +51,7 @@ __all__ = [
     "Power",
     "Random",
     "Recipe",
+    "Report",
     "Sink",
     "SparseAttention",
     "Stride",
@@ -52,7 +59,25 @@ __all__ = [
     "Window",
     "attention",
     "build_layout",
+    "describe",
     "merge",
     "parse_pattern",
+    "plot",
     "preset",
 ]
+
+# The lab is loaded when it is first asked for: attention alone does not need it.
+_LAZY = {"Report": "s2attn.lab.describe", "describe": "s2attn.lab.describe", "plot": "s2attn.lab.plot"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -41,9 +41,9 @@ def last_row(stack: Stack, layer: int) -> Array:
     return seen
 
 
-def group_rows(stack: Stack, layer: int) -> list[Array]:
-    """What the last query block reads in one layer, per KV head (through the query heads of its group)."""
-    return [stack.once(_group_row, keys) for keys in stack.groups(layer)]
+def least_group_row(stack: Stack, layer: int) -> Array:
+    """What the last query block reads in one layer through the query heads of one KV head, the one that reads the least."""
+    return min((stack.once(_group_row, keys) for keys in stack.groups(layer)), key=lambda seen: int(seen.sum()))
 
 
 def _group_row(stack: Stack, keys: frozenset) -> Array:
@@ -79,10 +79,9 @@ def name_blocks(chosen: Array) -> str:
 
 def _period(chosen: Array) -> int | None:
     """The smallest period that is seen at least twice, or None."""
-    for period in range(1, min(_LONGEST_PERIOD, len(chosen) // 2) + 1):
-        if np.array_equal(chosen[period:], chosen[:-period]):
-            return period
-    return None
+    last = min(_LONGEST_PERIOD, len(chosen) // 2)
+    alike = np.flatnonzero(chosen[1 : last + 1] == chosen[0]) + 1
+    return next((int(period) for period in alike if np.array_equal(chosen[period:], chosen[:-period])), None)
 
 
 def _ranges(numbers: Array, most: int = 6) -> str:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from s2attn.lab.stack import Key, Lists, Stack
-from s2attn.layout import build_layout
-from s2attn.patterns import Pattern
+from s2attn.lab.stack import Key, Lists, Stack, layout_of
 from s2attn.patterns.runs import Array
 
 
@@ -85,16 +83,7 @@ def _needed(stack: Stack, keys: frozenset[Key]) -> Array:
     """Tokens of each block that must stay, ``(blocks,)``."""
     ahead = 2 * stack.block if stack.once(_first_return, keys) is None else cache_horizon(stack)
     length = np.minimum(stack.block, stack.seqlen - np.arange(stack.num_blocks) * stack.block)
-    seen = np.zeros(stack.num_blocks, dtype=bool)
-    for key in keys:
-        seen |= stack.once(_read_later, key, ahead)
-    return np.where(seen, length, 0)
-
-
-def _read_later(stack: Stack, key: Key, ahead: int) -> Array:
-    """Which of today's blocks the queries ``seqlen - 1 .. seqlen - 1 + ahead`` read."""
-    assert isinstance(key, Pattern)
-    later = build_layout(key, 1, 1, ahead + 1, stack.seqlen + ahead, block=stack.block)
+    later = layout_of(list(keys), ahead + 1, stack.seqlen + ahead, stack.block, causal=True)
     seen = np.zeros(len(later.k_spans), dtype=bool)
     seen[later.rows.idx.numpy()] = True
-    return seen[: stack.num_blocks]
+    return np.where(seen[: stack.num_blocks], length, 0)

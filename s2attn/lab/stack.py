@@ -12,7 +12,7 @@ import numpy as np
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads
 from s2attn.layout.entries import first_with_same_lists
-from s2attn.patterns import Pattern, Recipe
+from s2attn.patterns import Pattern, PerHead, Recipe
 from s2attn.patterns.runs import Array, repeat_ranges
 
 T = TypeVar("T")
@@ -37,12 +37,13 @@ class Lists:
     @classmethod
     def of(cls, layout: Layout, head: int) -> Lists:
         """The lists of one head of a layout."""
+        # Plain numpy from here on: its small steps cost the same on a busy machine, where torch would wait for its threads.
         ptr = layout.rows.ptr[head].cpu().numpy()
-        idx = layout.rows.idx[ptr[0] : ptr[-1]].cpu().numpy()
-        partial = int(layout.rows.counts[head].sum() - layout.rows.full[head].sum())
+        idx = layout.rows.idx.cpu().numpy()[ptr[0] : ptr[-1]]
+        partial = len(idx) - int(layout.rows.full[head].cpu().numpy().sum())
         first = int(layout.rows.tile_ptr[head, 0]) if layout.rows.lines else 0
-        used = layout.rows.tile[first : first + partial].unique().long()
-        tiles = frozenset(np.packbits(tile).tobytes() for tile in layout.tiles[used].cpu().numpy())
+        used = np.unique(layout.rows.tile.cpu().numpy()[first : first + partial])
+        tiles = frozenset(np.packbits(tile).tobytes() for tile in layout.tiles.cpu().numpy()[used])
         return cls(ptr - ptr[0], idx, len(layout.k_spans), int(layout.pairs[head]), partial, tiles)
 
     @property
@@ -109,8 +110,13 @@ class Stack:
         return self._known[known]
 
     def lists(self, key: Key) -> Lists:
-        """The lists of one head, made on first use."""
-        return self.once(_make_lists, key)
+        """The lists of one head, made on first use, those of its layer together: the heads of a layer have much in common."""
+        known = (_make_lists, key)
+        if known not in self._known:
+            layer = next((keys for keys in self.layers if key in keys), (key,))
+            missing = [one for one in dict.fromkeys(layer) if (_make_lists, one) not in self._known]
+            self._known.update(((_make_lists, one), made) for one, made in zip(missing, _make_lists(self, missing), strict=True))
+        return self._known[known]
 
     def groups(self, layer: int) -> list[frozenset[Key]]:
         """For every KV head, the distinct keys of its query heads."""
@@ -130,11 +136,17 @@ class Stack:
         return [keys[h * len(keys) // self.num_heads] for h in range(self.num_heads)]
 
 
-def _make_lists(stack: Stack, key: Key) -> Lists:
-    if isinstance(key, Pattern):
-        return Lists.of(build_layout(key, 1, 1, stack.seqlen, block=stack.block, causal=stack.causal), 0)
-    assert stack.layout is not None  # only a stack made of a layout has numbers for keys
-    return Lists.of(stack.layout, key)
+def _make_lists(stack: Stack, keys: list[Key]) -> list[Lists]:
+    if stack.layout is not None:
+        return [Lists.of(stack.layout, int(key)) for key in keys if isinstance(key, int)]
+    layout = layout_of(keys, stack.seqlen, stack.seqlen, stack.block, stack.causal)
+    return [Lists.of(layout, head) for head in range(len(keys))]
+
+
+def layout_of(keys: list[Key], seqlen_q: int, seqlen_k: int, block: int, causal: bool) -> Layout:
+    """One layout whose heads have the resolved patterns ``keys``."""
+    patterns = {head: key for head, key in enumerate(keys) if isinstance(key, Pattern)}
+    return build_layout(PerHead(patterns), len(keys), len(keys), seqlen_q, seqlen_k, block=block, causal=causal)
 
 
 def _make_union(stack: Stack, keys: frozenset[Key]) -> Lists:

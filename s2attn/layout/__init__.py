@@ -3,6 +3,7 @@
 from s2attn.layout.build import HeadRange, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.layout.convert import from_block_table, from_dense, to_block_table, to_dense
 from s2attn.layout.count import dense_pairs
+from s2attn.layout.flex import from_block_mask, to_block_mask
 from s2attn.layout.index import BlockIndex, Spans, spans_of
 from s2attn.layout.layout import Layout
 
@@ -14,11 +15,13 @@ __all__ = [
     "build_layout",
     "default_block",
     "dense_pairs",
+    "from_block_mask",
     "from_block_table",
     "from_dense",
     "layout_heads",
     "read_cu_seqlens",
     "spans_of",
+    "to_block_mask",
     "to_block_table",
     "to_dense",
 ]

@@ -43,10 +43,12 @@ def from_dense(mask: Tensor, *, block: int = 64) -> Layout:
     """See `Layout.from_dense`."""
     from s2attn.layout.layout import Layout
 
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor):
         raise bad_kind("mask", "must be a bool tensor", mask)
-    if mask.dim() not in (2, 3):
-        raise bad_value("mask", "must have shape (T, S) or (heads, T, S)", tuple(mask.shape))
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor; got {mask.dtype}")
+    if mask.dim() not in (2, 3) or (mask.dim() == 3 and not mask.shape[0]):
+        raise bad_value("mask", "must have shape (T, S) or (heads, T, S) with at least one head", tuple(mask.shape))
     check_block("block", block)
     masks = (mask[None] if mask.dim() == 2 else mask).detach().cpu()
     seqlen_q, seqlen_k = masks.shape[1:]
@@ -59,18 +61,18 @@ def from_dense(mask: Tensor, *, block: int = 64) -> Layout:
         line, idx = blocks.any(dim=3).any(dim=2).nonzero(as_tuple=True)
         exists = torch.arange(block)[None, :, None] < q_spans.length[line][:, None, None]
         number = tiles.number(blocks[line, idx].numpy(), exists.expand(-1, block, block).numpy())
-        heads.append(_sorted_entries(line, idx, torch.from_numpy(number)))
-    index = _index(heads, len(q_spans))
+        heads.append(sorted_entries(line, idx, torch.from_numpy(number)))
+    index = index_of(heads, len(q_spans))
     causal = not bool(torch.triu(masks, diagonal=seqlen_k - seqlen_q + 1).any())
     return Layout(block, causal, index, tiles.tensor(), q_spans, k_spans).to(mask.device)
 
 
-def _sorted_entries(line: Tensor, idx: Tensor, number: Tensor) -> Entries:
+def sorted_entries(line: Tensor, idx: Tensor, number: Tensor) -> Entries:
     order = torch.sort(line * 2 + (number >= 0), stable=True).indices
     return Entries(line[order], idx[order], number[order])
 
 
-def _index(heads: list[Entries], lines: int) -> BlockIndex:
+def index_of(heads: list[Entries], lines: int) -> BlockIndex:
     empty = BlockIndex(*(torch.zeros(0, dtype=torch.int64) for _ in range(5)))
     return index_from(heads, list(range(len(heads))), lines, empty)
 
@@ -104,16 +106,21 @@ def from_block_table(table: Tensor, counts: Tensor, *, seqlen_q: int, seqlen_k: 
 
     Raises:
         ValueError: shapes that do not fit, a block out of range or listed twice.
+        TypeError: not integer tensors.
     """
     from s2attn.layout.layout import Layout
 
     check_block("block", block)
+    for name, tensor in (("table", table), ("counts", counts)):
+        if not isinstance(tensor, Tensor):
+            raise bad_kind(name, "must be an integer tensor", tensor)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be an int32 or int64 tensor; got {tensor.dtype}")
     seqlen_q, seqlen_k = check_int("seqlen_q", seqlen_q, 0), check_int("seqlen_k", seqlen_k, 0)
     rows, cols = -(-seqlen_q // block), -(-seqlen_k // block)
-    if table.dim() != 3 or table.shape[1] != rows or counts.shape != table.shape[:2]:
-        raise bad_value(
-            "table", f"must have shape (heads, {rows}, width), and counts (heads, {rows})", (tuple(table.shape), tuple(counts.shape))
-        )
+    if table.dim() != 3 or not table.shape[0] or table.shape[1] != rows or counts.shape != table.shape[:2]:
+        rule = f"must have shape (heads, {rows}, width) with at least one head, and counts (heads, {rows})"
+        raise bad_value("table", rule, (tuple(table.shape), tuple(counts.shape)))
     if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > table.shape[2]):
         raise bad_value("counts", f"must be in 0 .. {table.shape[2]}", [int(counts.min()), int(counts.max())])
     offset = seqlen_k - seqlen_q
@@ -132,5 +139,5 @@ def from_block_table(table: Tensor, counts: Tensor, *, seqlen_q: int, seqlen_k: 
             raise bad_value("table", "must list a key block once in a row", "a repetition")
         number = classify(Dense(), view, q_spans.length.long().numpy(), line.numpy(), idx.numpy(), tiles)
         kept = torch.from_numpy(np.asarray(number)) != tiles.EMPTY
-        heads.append(_sorted_entries(line[kept], idx[kept], torch.from_numpy(number)[kept]))
-    return Layout(block, causal, _index(heads, rows), tiles.tensor(), q_spans, k_spans).to(table.device)
+        heads.append(sorted_entries(line[kept], idx[kept], torch.from_numpy(number)[kept]))
+    return Layout(block, causal, index_of(heads, rows), tiles.tensor(), q_spans, k_spans).to(table.device)

@@ -130,6 +130,12 @@ class Layout:
 
         return from_dense(mask, block=block)
 
+    def draw(self, head: int = 0, width: int = 64) -> str:
+        """One head as text: full, partial and empty blocks; see `s2attn.layout.draw.draw`."""
+        from s2attn.layout.draw import draw
+
+        return draw(self, head, width)
+
     def validate(self) -> Layout:
         """Check the numbered invariants; raise ``ValueError`` naming the broken one, or return self."""
         from s2attn.layout.validate import broken_invariant
