@@ -4,7 +4,7 @@ A *pattern* says which keys a query may see, a *layout* is the block index made 
 machine is there, and `merge` joins partial results. `describe` and `plot` judge a pattern before a GPU is spent on it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from s2attn.core import Unsupported
 from s2attn.layout import HeadRange, Layout, build_layout
@@ -29,10 +29,6 @@ from s2attn.patterns import (
     parse_pattern,
     preset,
 )
-
-if TYPE_CHECKING:
-    from s2attn.lab.describe import Report, describe
-    from s2attn.lab.plot import plot
 
 __version__ = "0.1.0"
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import s2attn
 from s2attn.lab.describe import Report, describe
 from s2attn.layout import build_layout
 from s2attn.patterns import Blocks, ByRange, Dense, Local, LongNet, PerHead, Power, Random, Recipe, Sink, Stride, Window, preset
@@ -235,3 +238,17 @@ def test_packed_layouts_are_refused():
     cu = torch.tensor([0, 64, 128])
     with pytest.raises(ValueError, match=r"layout must be of one sequence with as many queries as keys; got packed sequences"):
         describe(build_layout(Dense(), 1, 1, cu_seqlens_q=cu, cu_seqlens_k=cu), 1)
+
+
+def test_the_package_loads_the_lab_when_it_is_asked_for():
+    code = (
+        "import sys, s2attn; names = dir(s2attn); before = 's2attn.lab' in sys.modules; report = s2attn.describe(s2attn.Dense(), 1, seqlen=64); "
+        "print(before, {'describe', 'plot', 'Report'} <= set(names), isinstance(report, s2attn.Report), 'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "False"]
+
+
+def test_unknown_names_of_the_package():
+    with pytest.raises(AttributeError, match=r"module 's2attn' has no attribute 'descibe'"):
+        s2attn.descibe  # noqa: B018
