@@ -1,0 +1,30 @@
+"""Objections that every backend in plain torch shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def plain_objections(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """Why strided torch operations in float32 or float64 cannot serve these tensors."""
+    why = []
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.layout != torch.strided or tensor.is_nested:
+            why.append(f"{name} is {'nested' if tensor.is_nested else tensor.layout}, not a plain strided tensor")
+        if tensor.dtype not in FLOATS:
+            why.append(f"{name} has dtype {tensor.dtype}, not one of {', '.join(str(d).removeprefix('torch.') for d in FLOATS)}")
+        if tensor.is_meta:
+            why.append(f"{name} is on the meta device and has no values")
+    if len({t.device for t in (q, k, v)}) > 1:
+        why.append(f"q, k and v lie on several devices: {q.device}, {k.device}, {v.device}")
+    if len({t.dtype for t in (q, k, v)}) > 1:
+        why.append(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    return why
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse, and of all arithmetic, for inputs of this dtype: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

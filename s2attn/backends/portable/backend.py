@@ -1,0 +1,40 @@
+"""`Portable`: gather the listed key blocks of many query blocks at a time, and attend with what torch has."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from s2attn.backends.base import Backend
+from s2attn.backends.checks import plain_objections
+from s2attn.backends.portable.run import Work, run_backward, run_forward
+from s2attn.backends.portable.tile import Tile
+from s2attn.layout import Layout
+
+
+class Portable(Backend):
+    """Exact attention over listed blocks on any torch device, in float32 (float64 for float64 inputs).
+
+    Work is proportional to the listed blocks, memory to the lengths. Both directions give the same bits every time, whatever else is
+    in the batch. A key that a query does not see never reaches its result, not even when it holds NaN; a query that sees a key or
+    value holding NaN gets NaN, and adds nothing to the gradients of keys and values.
+    """
+
+    name = "portable"
+
+    def __init__(self, tile: Tile | None = None):
+        """``tile`` computes stacks of gathered keys; by default whatever is quickest for their shape, dtype and device."""
+        self._tile = tile
+
+    def _work(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Work:
+        return Work.of(q, k, v, layout, scale, self._tile)
+
+    def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+        return plain_objections(q, k, v)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+        return run_forward(self._work(q, k, v, layout, scale))
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return run_backward(self._work(q, k, v, layout, scale), dout, dlse, out, lse)

@@ -1,0 +1,272 @@
+"""Walk a plan: gather, attend, put back; and the same way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2attn.backends.checks import lse_dtype
+from s2attn.backends.portable.cache import cached_plan
+from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
+from s2attn.backends.portable.rows import Rows, add_blocks, keep_freed_memory
+from s2attn.backends.portable.tile import Keys, Tile, choose_tile
+from s2attn.layout import Layout
+
+CHUNK_BYTES = 4 << 20
+"""What the items of a chunk may gather and hold together: few enough to stay in the cache."""
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+"""The same on devices that want large calls."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One problem: tensors, plan, scale, and how to compute a stack (None: the quickest way)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan
+    scale: float
+    tile: Tile | None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, tile: Tile | None) -> Work:
+        return cls(q, k, v, cached_plan(layout, q.shape[0], q.shape[2], k.shape[2]), scale, tile)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return lse_dtype(self.q.dtype)
+
+    def tile_for(self, run: Run) -> Tile:
+        return self.tile or choose_tile(self.q.device, run.rows)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Items of one run inside a chunk: rows and entries are counted from the chunk's first."""
+
+    run: Run
+    items: slice  # of the run
+    rows: slice
+    entries: slice
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring items that are gathered together."""
+
+    rows: slice
+    entries: slice
+    stacks: list[Stack]
+
+
+def chunks(work: Work) -> Iterator[Chunk]:
+    """Cut the items into chunks that fit the budget; at least one item each."""
+    plan, runs = work.plan, work.plan.runs
+    width, size = work.k.shape[3] + work.v.shape[3], work.dtype.itemsize
+    weights = [plan.block * size * run.blocks * (width + work.tile_for(run).scores_held * run.rows) for run in runs]
+    weights = [w + plan.block * size * run.hidden * run.rows * 2 for w, run in zip(weights, runs, strict=True)]
+    used = np.cumsum(np.repeat(weights, [run.high - run.low for run in runs]))
+    budget = CHUNK_BYTES if work.q.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE
+    low, at = 0, 0
+    while low < len(used):
+        high = max(low + 1, int(np.searchsorted(used, (used[low - 1] if low else 0) + budget, side="right")))
+        stacks, first = [], at
+        while at < len(runs) and runs[at].low < high:
+            stacks.append(_stack(plan, runs[at], max(low, runs[at].low), min(high, runs[at].high), low))
+            at += 1
+        at = max(first, at - 1)
+        yield Chunk(_between(plan.row_ptr, low, high), _between(plan.entry_ptr, low, high), stacks)
+        low = high
+        at += runs[at].high <= low
+
+
+def _between(ptr: np.ndarray, low: int, high: int, base: int = 0) -> slice:
+    return slice(int(ptr[low] - base), int(ptr[high] - base))
+
+
+def _stack(plan: Plan, run: Run, low: int, high: int, chunk_low: int) -> Stack:
+    rows = _between(plan.row_ptr, low, high, plan.row_ptr[chunk_low])
+    entries = _between(plan.entry_ptr, low, high, plan.entry_ptr[chunk_low])
+    return Stack(run, slice(low - run.low, high - run.low), rows, entries)
+
+
+class Walker:
+    """Gathers what chunks need, and keeps the masks of the run that it is in."""
+
+    def __init__(self, work: Work, masks_by_key: bool):
+        if work.q.device.type == "cpu":
+            keep_freed_memory()
+        self.work, self.masks_by_key = work, masks_by_key
+        self.q = _table(work.q)
+        listed, keys = len(work.plan.entry_block) * work.plan.block, work.k.shape[:3].numel()
+        # A key that is gathered several times is converted once, before.
+        self.k, self.v = (Rows.of(x.to(work.dtype) if listed > keys else x) for x in (work.k, work.v))
+        self.inside = torch.arange(work.plan.block, device=work.q.device)
+        self.table: tuple[Run, Tensor] | None = None
+
+    def queries(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Query rows, and their places in a contiguous ``(B, T, H)`` table."""
+        place = self.work.plan.place[chunk.rows]
+        return self.q.index_select(0, place).to(self.work.dtype), place
+
+    def keys(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Gathered keys and values ``(entries, block, width)``."""
+        plan, kv_heads = self.work.plan, self.work.k.shape[2]
+        block, lane = plan.entry_block[chunk.entries], plan.entry_lane[chunk.entries]
+        token = plan.key_start[block][:, None] + self.inside
+        if plan.short_keys:  # what lies beyond a short block is masked, so that any key will do
+            token = torch.minimum(token, plan.key_last[block][:, None])
+        batch, head = torch.div(lane, kv_heads, rounding_mode="floor")[:, None], (lane % kv_heads)[:, None]
+        k, v = (rows.gather(rows.at(batch, token, head), self.work.dtype) for rows in (self.k, self.v))
+        return k, v
+
+    def stack(self, stack: Stack, k: Tensor, v: Tensor) -> Keys:
+        """The keys of a stack out of those of its chunk."""
+        shape = (stack.items.stop - stack.items.start, stack.run.blocks * self.work.plan.block)
+        k, v = (x[stack.entries].view(*shape, x.shape[-1]) for x in (k, v))
+        if stack.run.codes is None or stack.run.kind is None:
+            return Keys(k, v)
+        kind = stack.run.kind[stack.items]
+        if len(stack.run.codes) > MOST_KINDS:
+            return Keys(k, v, self._masks(stack.run, stack.run.codes[kind]), torch.arange(len(kind), device=kind.device))
+        if self.table is None or self.table[0] is not stack.run:
+            self.table = stack.run, self._masks(stack.run, stack.run.codes)
+        return Keys(k, v, self.table[1], kind)
+
+    def _masks(self, run: Run, codes: Tensor) -> Tensor:
+        """Additive masks ``(kinds, M, hidden)``."""
+        block = self.work.plan.block
+        kinds, subs, several = codes.shape
+        seen = self.work.plan.table[codes]  # (kinds, subs, hidden blocks, query, key)
+        if self.masks_by_key:
+            seen = seen.permute(0, 2, 4, 1, 3).reshape(kinds, several * block, subs * block).transpose(1, 2)
+        else:
+            seen = seen.transpose(2, 3).reshape(kinds, subs * block, several * block)
+        mask = torch.zeros_like(seen, dtype=self.work.dtype).masked_fill_(~seen, -torch.inf)[:, : run.tokens]
+        return mask if run.rows == run.tokens else _repeat_rows(mask, run.rows // run.tokens)
+
+
+def _repeat_rows(mask: Tensor, times: int) -> Tensor:
+    """The same rows for each query head of a unit, in the memory order of ``mask``."""
+    if mask.stride(-1) == 1:
+        return mask.repeat(1, times, 1)
+    return mask.transpose(1, 2).repeat(1, 1, times).transpose(1, 2)
+
+
+def _table(x: Tensor) -> Tensor:
+    """``(B, T, H, width)`` as rows, in that order."""
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def run_forward(work: Work) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of the whole problem."""
+    out, lse = _forward(work)
+    if not bool(out.sum().isfinite()):
+        broken = _broken(work)
+        if bool(broken.any()):
+            seen = _sees(work, broken)
+            out, lse = _forward(_without(work, broken))
+            out.masked_fill_(seen[..., None], torch.nan)
+            lse.masked_fill_(seen, torch.nan)
+    return out.to(work.q.dtype), lse.transpose(1, 2).contiguous()
+
+
+def _forward(work: Work) -> tuple[Tensor, Tensor]:
+    """``(B, T, H, Dv)`` and ``(B, T, H)`` in the computing dtype."""
+    shape, width = work.q.shape[:3], work.v.shape[3]
+    out = work.q.new_zeros(shape.numel(), width, dtype=work.dtype)
+    lse = work.q.new_full((shape.numel(),), -torch.inf, dtype=work.dtype)
+    walker = Walker(work, masks_by_key=False)
+    for chunk in chunks(work):
+        q, place = walker.queries(chunk)
+        k, v = walker.keys(chunk)
+        new, new_lse = q.new_empty(len(q), width), q.new_empty(len(q))
+        for stack in chunk.stacks:
+            rows, run, keys = stack.rows, stack.run, walker.stack(stack, k, v)
+            part, part_lse = work.tile_for(run).attend(q[rows].view(-1, run.rows, q.shape[-1]), keys, work.scale)
+            masks = keys.masks() if run.hidden == run.blocks else None
+            if masks is not None:  # some rows may see nothing
+                part_lse = part_lse.masked_fill((masks == -torch.inf).all(-1), -torch.inf)
+            new[rows], new_lse[rows] = part.reshape(-1, width), part_lse.reshape(-1)
+        out.index_copy_(0, place, new)
+        lse.index_copy_(0, place, new_lse)
+    return out.view(*shape, width), lse.view(shape)
+
+
+def run_backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of the whole problem."""
+    lse = lse.transpose(1, 2)
+    dlse = None if dlse is None else dlse.transpose(1, 2)
+    dq, dk, dv = _backward(work, dout, dlse, out, lse)
+    if not bool((dq.sum() + dk.sum() + dv.sum()).isfinite()):
+        broken = _broken(work)
+        if bool(broken.any()):
+            seen = _sees(work, broken)
+            dout, out = (x.masked_fill(seen[..., None], 0.0) for x in (dout, out))
+            dlse = None if dlse is None else dlse.masked_fill(seen, 0.0)
+            dq, dk, dv = _backward(_without(work, broken), dout, dlse, out, lse.masked_fill(seen, -torch.inf))
+            dq.masked_fill_(seen[..., None], torch.nan)
+    return dq.to(work.q.dtype), dk.to(work.k.dtype), dv.to(work.v.dtype)
+
+
+def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients ``(B, T, H, D)``, ``(B, S, G, D)``, ``(B, S, G, Dv)`` in the computing dtype; lse and dlse are ``(B, T, H)``."""
+    plan, dtype, width = work.plan, work.dtype, work.k.shape[3]
+    lanes, count = work.k.shape[0] * work.k.shape[2], len(plan.key_start)
+    dq = work.q.new_zeros(work.q.shape[:3].numel(), width, dtype=dtype)
+    dk = work.k.new_zeros(lanes * count, plan.block * width, dtype=dtype)
+    dv = work.v.new_zeros(lanes * count, plan.block * work.v.shape[3], dtype=dtype)
+    walker = Walker(work, masks_by_key=True)
+    outs, douts, lses = _table(out), _table(dout), lse.reshape(-1).to(dtype)
+    lses = lses.masked_fill(lses == -torch.inf, torch.inf)
+    dlses = None if dlse is None else dlse.reshape(-1).to(dtype)
+    for chunk in chunks(work):
+        q, place = walker.queries(chunk)
+        k, v = walker.keys(chunk)
+        where = plan.entry_lane[chunk.entries] * count + plan.entry_block[chunk.entries]
+        my_out, my_dout = (x.index_select(0, place).to(dtype) for x in (outs, douts))
+        my_lse, my_dlse = lses[place], None if dlses is None else dlses[place]
+        new = torch.empty_like(q)
+        for stack in chunk.stacks:
+            rows, run = stack.rows, stack.run
+            stack_q, stack_out, stack_dout = (x[rows].view(-1, run.rows, x.shape[-1]) for x in (q, my_out, my_dout))
+            stack_dlse = None if my_dlse is None else my_dlse[rows].view(-1, run.rows)
+            keys, stack_lse = walker.stack(stack, k, v), my_lse[rows].view(-1, run.rows)
+            grads = work.tile_for(run).attend_backward(stack_dout, stack_dlse, stack_q, keys, stack_out, stack_lse, work.scale)
+            new[rows] = grads[0].reshape(-1, width)
+            for total, grad in ((dk, grads[1]), (dv, grads[2])):
+                add_blocks(total, where[stack.entries], grad.reshape(-1, total.shape[1]))
+        dq.index_copy_(0, place, new)
+    return dq.view(work.q.shape), _by_token(dk, work, width), _by_token(dv, work, work.v.shape[3])
+
+
+def _by_token(blocks: Tensor, work: Work, width: int) -> Tensor:
+    """Sums by key block as ``(B, S, G, width)``."""
+    plan, (batch, tokens, kv_heads) = work.plan, work.k.shape[:3]
+    by_token = blocks.view(batch, kv_heads, len(plan.key_start), plan.block, width).permute(0, 2, 3, 1, 4)
+    length = plan.key_last - plan.key_start + 1
+    if bool((length[:-1] == plan.block).all()):
+        return by_token.reshape(batch, -1, kv_heads, width)[:, :tokens]
+    inside = torch.arange(plan.block, device=length.device) < length[:, None]
+    return by_token.flatten(1, 2)[:, inside.flatten().nonzero()[:, 0]]
+
+
+def _broken(work: Work) -> Tensor:
+    """``(B, S, G)``: keys that hold NaN or infinity in k or v."""
+    return ~(work.k.isfinite().all(-1) & work.v.isfinite().all(-1))
+
+
+def _without(work: Work, broken: Tensor) -> Work:
+    return replace(work, k=work.k.masked_fill(broken[..., None], 0.0), v=work.v.masked_fill(broken[..., None], 0.0))
+
+
+def _sees(work: Work, broken: Tensor) -> Tensor:
+    """``(B, T, H)``: queries that see a broken key. Attention with equal weights to an indicator is positive exactly there."""
+    q, k = work.q.new_zeros(*work.q.shape[:3], 1), work.k.new_zeros(*work.k.shape[:3], 1)
+    return _forward(replace(work, q=q, k=k, v=broken[..., None].to(work.v.dtype)))[0][..., 0] > 0

@@ -1,0 +1,171 @@
+"""Attention over stacks of gathered keys, forward and backward, in two ways behind one signature.
+
+`StackTile` is the readable twin and runs wherever `torch.bmm` does. `LoopTile` multiplies one item at a time with oneDNN, which on some
+CPUs is twice as fast as the products inside torch's own attention. With both, the bits of an item do not depend on its neighbours.
+
+Shapes: N items of M query rows and C keys; q ``(N, M, D)``, out ``(N, M, Dv)``, lse ``(N, M)``. A row whose mask hides every key gets out
+0 and an lse that means nothing: the caller knows these rows. The backward takes the out and lse of the whole row; +inf as lse switches
+a row off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1 / math.log(2)
+_LOWEST = -1e30
+"""Stands for the maximum of a row that sees nothing: any finite number does."""
+_SMALL_ROWS = 16
+"""With fewer query rows per item (decoding), one product for all items is quicker than one at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """What N items attend to.
+
+    Attributes:
+        k: ``(N, C, D)``.
+        v: ``(N, C, Dv)``.
+        mask: None, or ``(kinds, M, hidden)`` of 0 and -inf, to be added to the scores of the last ``hidden`` keys.
+        kind: ``(N,)`` int64, which mask an item uses.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    kind: Tensor | None = None
+
+    def masks(self) -> Tensor | None:
+        """One mask for all items, or one for each."""
+        return self.mask if self.mask is None or len(self.mask) == 1 else self.mask[self.kind]
+
+
+class Tile(Protocol):
+    """One way to compute stacks; ``scores_held`` numbers per (query, key) pair of a stack are in memory at once."""
+
+    scores_held: int
+
+    def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+        """``(out, lse)``."""
+        ...
+
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dq, dk, dv)``."""
+        ...
+
+
+def choose_tile(device: torch.device, rows: int) -> Tile:
+    """The quickest tile for items of so many rows."""
+    return LoopTile() if device.type == "cpu" and rows >= _SMALL_ROWS else StackTile()
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN, and the operator that reaches it with plain tensors."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class StackTile:
+    """Batched products and a softmax in base 2."""
+
+    scores_held = 3
+
+    def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, keys, scale)
+        p, total, lse = softmax_step(scores)
+        return _batched(p, keys.v).div_(total), lse
+
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self._scores(q, keys, scale)
+        p = scores.sub_(lse[..., None] * LOG2_E)
+        _each(p, Tensor.exp2_)
+        ds = _batched(dout, keys.v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
+        dk = _batched(ds.transpose(1, 2), q).mul_(scale)
+        return _batched(ds, keys.k).mul_(scale), dk, _batched(p.transpose(1, 2), dout)
+
+    def _scores(self, q: Tensor, keys: Keys, scale: float) -> Tensor:
+        scores, masks = _batched(q * (scale * LOG2_E), keys.k.transpose(1, 2)), keys.masks()
+        if masks is not None:
+            scores[..., -masks.shape[-1] :] += masks
+        return scores
+
+
+class LoopTile:
+    """One item at a time, float32 products by oneDNN; the backward works on transposed scores, so that row numbers become its bias."""
+
+    scores_held = 0
+
+    def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+        kinds = keys.kind.tolist() if keys.kind is not None else []
+        q = q * (scale * LOG2_E)
+        out, lse = q.new_empty(*q.shape[:2], keys.v.shape[-1]), q.new_empty(q.shape[:2])
+        for i in range(len(q)):
+            scores = _product(q[i], keys.k[i])
+            if keys.mask is not None:
+                scores[:, -keys.mask.shape[-1] :] += keys.mask[kinds[i]]
+            p, total, lse[i] = softmax_step(scores)
+            torch.div(_product(p, keys.v[i].t()), total, out=out[i])
+        return out, lse
+
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kinds = keys.kind.tolist() if keys.kind is not None else []
+        dq, dk, dv = (torch.empty_like(x) for x in (q, keys.k, keys.v))
+        scaled, shift, delta = q * scale, lse * -LOG2_E, _delta(dout, out, dlse).neg_()
+        keys_by_column = (keys.k * scale).transpose(1, 2).contiguous()
+        for i in range(len(q)):
+            p = _product(keys.k[i], scaled[i] * LOG2_E, shift[i])  # (C, M)
+            if keys.mask is not None:
+                p[-keys.mask.shape[-1] :] += keys.mask[kinds[i]].t()
+            p.exp2_()
+            ds = _product(keys.v[i], dout[i], delta[i]).mul_(p)
+            dv[i] = _product(p, dout[i].t())
+            dk[i] = _product(ds, scaled[i].t())
+            dq[i] = _product(keys_by_column[i], ds.t()).t()
+        return dq, dk, dv
+
+
+def softmax_step(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn log2 scores, in place, into weights relative to the row's largest; with their sum ``(..., 1)`` and the natural lse."""
+    top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+    p = _each(scores.sub_(top), Tensor.exp2_)
+    total = p.sum(-1, keepdim=True).clamp_(min=-1 / _LOWEST)
+    return p, total, _each(total.clone(), Tensor.log2_).add_(top).mul_(math.log(2))[..., 0]
+
+
+def _each(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply an exponential or logarithm in place. On a CPU its bits depend on the place in memory (vectors, then a rest): item by item."""
+    for item in x.unbind() if x.device.type == "cpu" and x.dim() == 3 else [x]:
+        function(item)
+    return x
+
+
+def _batched(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm`; on a CPU it takes another path, with other bits, for a single item: so there are two."""
+    if a.device.type == "cpu" and len(a) == 1:
+        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
+    return torch.bmm(a, b)
+
+
+def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    delta = (dout * out).sum(-1)
+    return delta if dlse is None else delta - dlse
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T + bias``."""
+    if a.dtype == torch.float32 and has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())

@@ -1,0 +1,86 @@
+"""`Reference`: the dense float64 oracle that the other backends are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2attn.backends.base import Backend
+from s2attn.backends.checks import lse_dtype, plain_objections
+from s2attn.layout import Layout
+
+
+class Reference(Backend):
+    """Exact attention through the dense ``(H, T, S)`` mask, computed in float64 and rounded once at the end.
+
+    Memory grows with T x S: this is for tests and for small problems. It reads every key, but a masked key never reaches a result,
+    not even when it holds NaN; a query that sees a value holding NaN or infinity gets NaN.
+    """
+
+    name = "reference"
+
+    def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+        return plain_objections(q, k, v)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+        mask = _mask(layout, q.shape[2])
+        scores = _scores(q, k, mask, scale)
+        lse = torch.logsumexp(scores, -1)
+        out = _weigh(_weights(scores, lse), v, mask)
+        return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = _mask(layout, q.shape[2])
+        scores = _scores(q, k, mask, scale)
+        p = _weights(scores, torch.logsumexp(scores, -1))
+        heads_do, values = _by_head(dout), _grouped(v, q.shape[2])
+        dp = (heads_do @ values.transpose(-1, -2)).masked_fill(~mask, 0.0)
+        delta = (p * dp).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - dlse.double()[..., None]
+        ds = p * (dp - delta) * scale
+        dq = ds @ _grouped(k, q.shape[2]).nan_to_num(0.0, 0.0, 0.0)
+        dk = _ungrouped(ds.transpose(-1, -2) @ _by_head(q), k.shape[2])
+        dv = _ungrouped(p.transpose(-1, -2) @ heads_do, v.shape[2])
+        return dq.transpose(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _mask(layout: Layout, heads: int) -> Tensor:
+    """The bool mask ``(H, T, S)``: layout head ``h * heads // H`` serves query head h."""
+    return layout.to_dense().repeat_interleave(heads // layout.heads, 0)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x.double().transpose(1, 2)
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """Keys or values ``(B, S, G, D)`` as ``(B, H, S, D)``."""
+    return _by_head(x).repeat_interleave(heads // x.shape[2], 1)
+
+
+def _ungrouped(x: Tensor, kv_heads: int) -> Tensor:
+    """Gradients ``(B, H, S, D)`` added up over the query heads of a group: ``(B, S, G, D)``."""
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2).transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    scores = _by_head(q) @ _grouped(k, q.shape[2]).transpose(-1, -2) * scale
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """Softmax; all zeros in a row that sees nothing."""
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+
+
+def _weigh(p: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``P @ V`` as ``(B, T, H, Dv)``, where 0 times NaN is 0 for a masked key."""
+    values = _grouped(v, p.shape[1])
+    out = p @ values.nan_to_num(0.0, 0.0, 0.0)
+    broken = ~values.isfinite().all(-1)
+    if broken.any():
+        out = out.masked_fill((mask & broken[..., None, :]).any(-1, keepdim=True), torch.nan)
+    return out.transpose(1, 2)

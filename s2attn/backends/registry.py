@@ -1,0 +1,82 @@
+"""The ordered list of backends, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from torch import Tensor
+
+from s2attn.backends.base import Backend
+from s2attn.core import Unsupported, bad_kind, bad_value
+
+
+def _portable() -> Backend:
+    from s2attn.backends.portable import Portable
+
+    return Portable()
+
+
+def _reference() -> Backend:
+    from s2attn.backends.reference import Reference
+
+    return Reference()
+
+
+_LOADERS: dict[str, Callable[[], Backend]] = {"portable": _portable, "reference": _reference}
+"""In order of preference. A loader imports its backend on first use, so that `import s2attn` stays light."""
+
+
+def backend_names() -> list[str]:
+    """The names that ``backend=`` accepts besides ``"auto"``, the preferred one first.
+
+    >>> backend_names()[-1]
+    'reference'
+    """
+    return list(_LOADERS)
+
+
+@cache
+def _load(name: str) -> Backend:
+    return _LOADERS[name]()
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name, whether or not it can serve anything here.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: no backend has that name; the message lists those that exist.
+    """
+    if not isinstance(name, str):
+        raise bad_kind("backend", f"must be {_choices()}", name)
+    if name not in _LOADERS:
+        raise bad_value("backend", f"must be {_choices()}", repr(name))
+    return _load(name)
+
+
+def pick(name: str, q: Tensor, k: Tensor, v: Tensor) -> Backend:
+    """The backend that shall serve these tensors: the named one, or for ``"auto"`` the first without objections.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: no backend has that name; the message lists those that exist.
+        Unsupported: the named backend, or with ``"auto"`` every backend, objects; all reasons of all backends are given.
+    """
+    if name != "auto":
+        chosen = get_backend(name)
+        if not chosen.objections(q, k, v):
+            return chosen
+        raise Unsupported(f"attention cannot run with backend={name!r}", _reasons(q, k, v))
+    for other in _LOADERS:
+        if not _load(other).objections(q, k, v):
+            return _load(other)
+    raise Unsupported("no backend can run attention on these tensors", _reasons(q, k, v))
+
+
+def _reasons(q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[str]]:
+    return {name: _load(name).objections(q, k, v) or ["could serve this call, but was not asked for"] for name in _LOADERS}
+
+
+def _choices() -> str:
+    return "one of " + ", ".join(repr(name) for name in ["auto", *_LOADERS])

@@ -1,0 +1,127 @@
+"""Random problems for backends, and the comparison that every one of them must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2attn.backends import Backend
+from s2attn.layout import Layout
+from s2attn.testing.oracle import assert_close, eager, oracle
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs, gradients of both outputs, a layout, and the bool mask ``(H, T, S)`` that it stands for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    layout: Layout
+    mask: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Layout, float]:
+        """What `Backend.forward` takes."""
+        return self.q, self.k, self.v, self.layout, self.scale
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        dlse = None if self.dlse is None else self.dlse.to(wide)
+        return replace(self, **{n: getattr(self, n).to(dtype) for n in ("q", "k", "v", "dout")}, dlse=dlse)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs and gradients."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def random_mask(heads: int, seqlen_q: int, seqlen_k: int, block: int, *, causal: bool = False) -> Tensor:
+    """Full, partial and absent blocks, some rows of nothing, in about equal parts."""
+    shape = heads, -(-seqlen_q // block), -(-seqlen_k // block)
+
+    def spread(blocks: Tensor) -> Tensor:
+        return blocks.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seqlen_q, :seqlen_k]
+
+    kind = torch.rand(shape)
+    mask = spread(kind < 0.35) | (spread(kind < 0.6) & (torch.rand(heads, seqlen_q, seqlen_k) < 0.4))
+    mask &= (torch.rand(heads, seqlen_q) > 0.1)[..., None]
+    return mask.tril(seqlen_k - seqlen_q) if causal else mask
+
+
+def make_problem(
+    layout: Layout,
+    mask: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    batch: int = 1,
+    width: int = 32,
+    v_width: int | None = None,
+    dlse: bool = True,
+) -> Problem:
+    """Normal numbers in float64; ``mask`` is ``(layout heads, T, S)``."""
+    seqlen_q, seqlen_k = mask.shape[-2:]
+    q, k = torch.randn(batch, seqlen_q, heads, width), torch.randn(batch, seqlen_k, kv_heads, width)
+    v = torch.randn(batch, seqlen_k, kv_heads, v_width or width)
+    dout, dl = torch.randn(batch, seqlen_q, heads, v_width or width), torch.randn(batch, heads, seqlen_q)
+    mask = mask.repeat_interleave(heads // mask.shape[0], 0)
+    return Problem(q.double(), k.double(), v.double(), dout.double(), dl.double() if dlse else None, layout, mask)
+
+
+def random_problem(
+    heads: int, kv_heads: int, layout_heads: int, seqlen_q: int, seqlen_k: int, block: int, *, causal: bool = False, **shape: Any
+) -> Problem:
+    """A layout of a random mask, with random numbers."""
+    mask = random_mask(layout_heads, seqlen_q, seqlen_k, block, causal=causal)
+    return make_problem(Layout.from_dense(mask, block=block), mask, heads=heads, kv_heads=kv_heads, **shape)
+
+
+def run(backend: Backend, p: Problem) -> Results:
+    """Forward and backward of one backend."""
+    out, lse = backend.forward(*p.arguments)
+    return Results(out, lse, *backend.backward(p.dout, p.dlse, p.q, p.k, p.v, out, lse, p.layout, p.scale))
+
+
+def by_autograd(formula: Callable[..., tuple[Tensor, Tensor]], p: Problem) -> Results:
+    """Outputs of a differentiable formula, and what autograd makes of it."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v))
+    out, lse = formula(q, k, v, p.mask, p.scale)
+    loss = (out * p.dout).sum()
+    if p.dlse is not None:
+        loss = loss + (lse.masked_fill(lse == -torch.inf, 0.0) * p.dlse).sum()
+    loss.backward()
+    grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (q, k, v)]
+    return Results(out.detach(), lse.detach(), *grads)
+
+
+def check_backend(backend: Backend, problem: Problem, dtype: torch.dtype = torch.float32) -> None:
+    """Outputs and gradients err at most twice what eager code in this dtype errs against float64."""
+    p = problem.to(dtype)
+    got = run(backend, p)
+    exact, plain = by_autograd(oracle, p.to(torch.float64)), by_autograd(eager, p)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, like in (("out", p.dout), ("dq", p.q), ("dk", p.k), ("dv", p.v), ("lse", plain.lse.to(wide))):
+        value = getattr(got, name)
+        if value.shape != like.shape or value.dtype != like.dtype:
+            raise AssertionError(f"{name}: {value.dtype} {tuple(value.shape)}, expected {like.dtype} {tuple(like.shape)}")
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        value = getattr(exact, name)
+        terms = 4 * max(1.0, value[torch.isfinite(value)].abs().max().item() if torch.isfinite(value).any() else 1.0)
+        assert_close(name, getattr(got, name), getattr(plain, name), value, terms=terms)

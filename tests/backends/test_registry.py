@@ -1,0 +1,66 @@
+"""Names, the order of choice, and refusals that carry every reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2attn.backends import backend_names, get_backend, pick
+from s2attn.core import Unsupported
+
+
+def x(dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(1, 4, 2, 16, dtype=dtype, device=device)
+
+
+def test_names_are_those_of_the_backends() -> None:
+    assert {"portable", "reference"} <= set(backend_names())
+    assert backend_names().index("portable") < backend_names().index("reference")
+    assert all(get_backend(name).name == name for name in backend_names())
+
+
+def test_auto_takes_the_first_without_objections() -> None:
+    first = next(name for name in backend_names() if not get_backend(name).objections(x(), x(), x()))
+    assert pick("auto", x(), x(), x()).name == first
+
+
+def test_an_explicit_choice_is_kept() -> None:
+    assert pick("reference", x(), x(), x()).name == "reference"
+    assert pick("portable", x(), x(), x()).name == "portable"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*'portable'.*; got 'fast'"):
+        pick("fast", x(), x(), x())
+    with pytest.raises(TypeError, match=r"backend must be one of .*; got int"):
+        pick(*[3, x(), x(), x()])
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "reason"),
+    [
+        (x(torch.int64), x(torch.int64), x(torch.int64), "q has dtype torch.int64"),
+        (x(torch.complex64), x(torch.complex64), x(torch.complex64), "complex64"),
+        (x(torch.float8_e4m3fn), x(torch.float8_e4m3fn), x(torch.float8_e4m3fn), "float8"),
+        (x(device="meta"), x(device="meta"), x(device="meta"), "meta device"),
+        (x(), x(device="meta"), x(), "several devices: cpu, meta, cpu"),
+        (x(), x(torch.float64), x(), "differ in dtype: torch.float32, torch.float64, torch.float32"),
+        (x().to_sparse(), x(), x(), "q is torch.sparse_coo"),
+    ],
+)
+@pytest.mark.parametrize("name", ["portable", "reference", "auto"])
+def test_refusals_name_every_backend_and_every_reason(q, k, v, reason: str, name: str) -> None:
+    with pytest.raises(Unsupported) as refusal:
+        pick(name, q, k, v)
+    assert list(refusal.value.reasons) == backend_names()
+    for other in ("portable", "reference"):
+        assert any(reason in why for why in refusal.value.reasons[other])
+    assert reason in str(refusal.value)
+
+
+def test_a_refusal_says_who_could_have_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    portable = get_backend("portable")
+    monkeypatch.setattr(type(portable), "objections", lambda self, q, k, v: ["it rains"])
+    assert pick("auto", x(), x(), x()).name != "portable"
+    with pytest.raises(Unsupported, match="portable: it rains\n  reference: could serve this call"):
+        pick("portable", x(), x(), x())
