@@ -242,7 +242,8 @@ def test_packed_layouts_are_refused():
 
 def test_the_package_loads_the_lab_when_it_is_asked_for():
     code = (
-        "import sys, s2attn; names = dir(s2attn); before = 's2attn.lab' in sys.modules; report = s2attn.describe(s2attn.Dense(), 1, seqlen=64); "
+        "import sys, s2attn; names = dir(s2attn); before = 's2attn.lab' in sys.modules; "
+        "report = s2attn.describe(s2attn.Dense(), 1, seqlen=64); "
         "print(before, {'describe', 'plot', 'Report'} <= set(names), isinstance(report, s2attn.Report), 'matplotlib' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
