@@ -17,14 +17,24 @@ def _portable() -> Backend:
     return Portable()
 
 
+def _triton() -> Backend:
+    from s2attn.backends.triton import Triton
+
+    return Triton()
+
+
 def _reference() -> Backend:
     from s2attn.backends.reference import Reference
 
     return Reference()
 
 
-_LOADERS: dict[str, Callable[[], Backend]] = {"portable": _portable, "reference": _reference}
-"""In order of preference. A loader imports its backend on first use, so that `import s2attn` stays light."""
+_LOADERS: dict[str, Callable[[], Backend]] = {"portable": _portable, "triton": _triton, "reference": _reference}
+"""In order of preference. A loader imports its backend on first use, so that `import s2attn` stays light.
+
+The Triton kernels stand behind the portable backend, and so are used only when they are asked for by name, until there is a record of
+their results and their speed on a GPU.
+"""
 
 
 def backend_names() -> list[str]:

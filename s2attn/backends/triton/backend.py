@@ -1,0 +1,100 @@
+"""`Triton`: the kernels behind the common face of backends."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from s2attn.backends.base import Backend
+from s2attn.backends.triton.tiles import Tiles, choose_tiles
+from s2attn.layout import Layout
+
+WIDEST = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Triton(Backend):
+    """Triton kernels on CUDA devices; under ``TRITON_INTERPRET=1`` also on the CPU, for tests."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._walks: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
+
+    def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+        """Every reason why the kernels cannot serve such tensors here."""
+        if find_spec("triton") is None:
+            return ["triton is not installed; the extra named triton brings it"]
+        why = []
+        if q.dtype not in DTYPES:
+            why.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
+        if max(q.shape[-1], v.shape[-1]) > WIDEST:
+            why.append(f"head widths up to {WIDEST}, not {max(q.shape[-1], v.shape[-1])}")
+        if q.is_meta:
+            why.append("q is on the meta device and has no values")
+        elif _interpreting():
+            if q.dtype == torch.bfloat16:
+                why.append("Triton's interpreter multiplies bfloat16 wrongly")
+        elif not q.is_cuda:
+            why.append(f"needs a CUDA device, or TRITON_INTERPRET=1 for tests; the tensors lie on {q.device}")
+        else:
+            why += _device_objections(torch.cuda.get_device_capability(q.device), q.dtype)
+        return why
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+        from s2attn.backends.triton import launch, walk
+
+        tiles = _tiles("forward", q, v, layout.block)
+        rows = self._walk(layout, ("rows", tiles.factor(layout.block)), lambda f: walk.walk_rows(layout, f))
+        return launch.forward(q, k, v, rows, tiles, layout.block, scale)
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from s2attn.backends.triton import launch, walk
+
+        heads, block = (q.shape[2], k.shape[2]), layout.block
+        for_dq, for_dkv = _tiles("dq", q, v, block), _tiles("dkv", q, v, block)
+        rows = self._walk(layout, ("rows", for_dq.factor(block)), lambda f: walk.walk_rows(layout, f))
+        columns = self._walk(layout, ("columns", for_dkv.factor(block), *heads), lambda f: walk.walk_columns(layout, f, *heads))
+        delta = launch.delta(out, dout, lse, dlse)
+        dq = launch.dq(q, k, v, dout, lse, delta, rows, for_dq, block, scale)
+        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, for_dkv, block, scale)
+        return dq, dk, dv
+
+    def _walk(self, layout: Layout, key: tuple, make):
+        """The grouped lists of a layout, made once for each tile height."""
+        known = self._walks.setdefault(layout, {})
+        if key not in known:
+            known[key] = make(key[1])
+        return known[key]
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _device_objections(capability: tuple[int, int], dtype: torch.dtype) -> list[str]:
+    if capability < (7, 5):
+        return [f"needs compute capability 7.5 or more, not {capability[0]}.{capability[1]}"]
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return ["this device has no bfloat16; float16 works"]
+    return []
+
+
+def _tiles(op: str, q: Tensor, v: Tensor, block: int) -> Tiles:
+    limit = _shared_limit(q.device.index or 0) if q.is_cuda else 232448
+    return choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), block, limit)
+
+
+@lru_cache(maxsize=64)
+def _shared_limit(index: int) -> int:
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]

@@ -1,0 +1,1 @@
+"""What the kernels share: addressing of listed tokens, masks, and the softmax step."""

@@ -1,0 +1,97 @@
+"""Every kernel in Triton's interpreter against the float64 oracle, on poisoned outputs, at scale 1 / sqrt(d)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2attn import Dense, Layout, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
+from s2attn.testing import assert_close, dense_mask, eager, oracle
+
+# The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+CASES = {
+    "block 64, groups": (Local(2) | Stride(3), 130, 130, 4, 2, 32, 32, 64, True),
+    "block 16, four per tile": (Local(2, 16) | Stride(3, block=16), 100, 100, 4, 2, 32, 32, 16, True),
+    "block 32, per query head": (Local(2, 32) | Stride(3, block=32, heads="query"), 70, 130, 4, 2, 48, 32, 32, True),
+    "block 128, own width of v": (Power(block=128) | Sink(5), 200, 200, 2, 1, 32, 80, 128, True),
+    "block 256": (Window(50), 270, 270, 1, 1, 16, 16, 256, True),
+    "rows that see nothing": (Stride(4, offset=1, block=16), 60, 70, 2, 2, 16, 16, 16, True),
+    "more queries than keys": (Dense(), 90, 40, 2, 1, 16, 16, 32, True),
+    "not causal": (Window(30) | Random(1, block=16), 70, 90, 2, 2, 32, 32, 16, False),
+}
+
+
+def tensors(n, m, heads, kv_heads, dim, dim_v, dtype, batch=2):
+    torch.manual_seed(0)
+    return [torch.randn(batch, s, h, d).to(dtype) for s, h, d in ((n, heads, dim), (m, kv_heads, dim), (m, kv_heads, dim_v))]
+
+
+def compare(backend, q, k, v, layout: Layout, mask, scale):
+    out, lse = backend.forward(q, k, v, layout, scale)
+    dout, seen = torch.randn_like(out), mask.any(dim=-1).expand(lse.shape)
+    dlse = torch.where(seen, torch.randn_like(lse), torch.zeros_like(lse))
+    got = [out, lse, *backend.backward(dout, dlse, q, k, v, out, lse, layout, scale)]
+    sets = []
+    for function in (eager, oracle):
+        x = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        o, full = function(*x, mask, scale)
+        safe = torch.where(torch.isfinite(full), full, torch.zeros_like(full))
+        sets.append([o, full, *torch.autograd.grad((o, safe), x, (dout.to(o.dtype), dlse.to(full.dtype)))])
+    for name, value, plain, exact in zip(("out", "lse", "dq", "dk", "dv"), got, *sets, strict=True):
+        assert_close(name, value, plain, exact.double(), terms=1.0 if name in ("out", "lse") else 4.0)
+    return got
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_forward_and_backward(name, dtype, triton_backend, poisoned_empty):
+    pattern, n, m, heads, kv_heads, dim, dim_v, block, causal = CASES[name]
+    q, k, v = tensors(n, m, heads, kv_heads, dim, dim_v, dtype)
+    layout = build_layout(pattern, heads, kv_heads, n, m, block=block, causal=causal)
+    compare(triton_backend, q, k, v, layout, dense_mask(pattern, heads, kv_heads, n, m, causal=causal), dim**-0.5)
+
+
+def test_packed_sequences(triton_backend, poisoned_empty):
+    pattern: Pattern = Local(1, 16) | Stride(2, block=16)
+    lengths = [40, 0, 75]
+    cu = torch.tensor([0, 40, 40, 115])
+    q, k, v = tensors(115, 115, 2, 1, 16, 16, torch.float32, batch=1)
+    layout = build_layout(pattern, 2, 1, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    mask = torch.zeros(2, 115, 115, dtype=torch.bool)
+    for lo, n in zip(cu.tolist(), lengths, strict=False):
+        mask[:, lo : lo + n, lo : lo + n] = dense_mask(pattern, 2, 1, n, n) if n else False
+    compare(triton_backend, q, k, v, layout, mask, 0.25)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 80, 96, 112, 160, 192, 256])
+def test_head_widths(dim, triton_backend, poisoned_empty):
+    pattern = Local(1, 32)
+    q, k, v = tensors(40, 40, 1, 1, dim, dim, torch.float32, batch=1)
+    compare(triton_backend, q, k, v, build_layout(pattern, 1, 1, 40), dense_mask(pattern, 1, 1, 40, 40), dim**-0.5)
+
+
+def test_any_strides_and_the_same_bits(triton_backend):
+    q, k, v = tensors(80, 80, 2, 1, 16, 16, torch.float32)
+    layout = build_layout(Window(30), 2, 1, 80)
+    out, lse = triton_backend.forward(q, k, v, layout, 0.25)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    wide = [torch.stack([t, t * 9], dim=-1).flatten(-2)[..., ::2] for t in (q, k, v)]
+    for other in ((q, k, v), turned, wide):
+        again = triton_backend.forward(*other, layout, 0.25)
+        assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    dout = torch.randn_like(out)
+    once = triton_backend.backward(dout, None, q, k, v, out, lse, layout, 0.25)
+    twice = triton_backend.backward(dout.transpose(1, 2).contiguous().transpose(1, 2), None, *turned, out, lse, layout, 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_objections(triton_backend):
+    def why(*x):
+        return " ".join(triton_backend.objections(*x))
+
+    wide = [torch.zeros(1, 4, 1, 264)] * 3
+    assert "head widths up to 256, not 264" in why(*wide)
+    assert "dtype torch.float64 is not one of" in why(*(t.double() for t in tensors(4, 4, 1, 1, 16, 16, torch.float32)))
+    assert "interpreter multiplies bfloat16 wrongly" in why(*tensors(4, 4, 1, 1, 16, 16, torch.bfloat16))
