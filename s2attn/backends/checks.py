@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -28,3 +31,10 @@ def plain_objections(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of lse, and of all arithmetic, for inputs of this dtype: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autograd and no autocast: products stay in the dtype that they were asked for."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

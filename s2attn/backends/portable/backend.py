@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from s2attn.backends.base import Backend
-from s2attn.backends.checks import plain_objections
+from s2attn.backends.checks import exact_arithmetic, plain_objections
 from s2attn.backends.portable.run import Work, run_backward, run_forward
 from s2attn.backends.portable.tile import Tile
 from s2attn.layout import Layout
@@ -32,9 +32,11 @@ class Portable(Backend):
         return plain_objections(q, k, v)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-        return run_forward(self._work(q, k, v, layout, scale))
+        with exact_arithmetic(q.device):
+            return run_forward(self._work(q, k, v, layout, scale))
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return run_backward(self._work(q, k, v, layout, scale), dout, dlse, out, lse)
+        with exact_arithmetic(q.device):
+            return run_backward(self._work(q, k, v, layout, scale), dout, dlse, out, lse)

@@ -14,6 +14,7 @@ from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
 from s2attn.backends.portable.rows import Rows, add_blocks, keep_freed_memory
 from s2attn.backends.portable.tile import Keys, Tile, choose_tile
+from s2attn.backends.portable.workers import in_order
 from s2attn.layout import Layout
 
 CHUNK_BYTES = 4 << 20
@@ -135,9 +136,10 @@ class Walker:
         kind = stack.run.kind[stack.items]
         if len(stack.run.codes) > MOST_KINDS:
             return Keys(k, v, self._masks(stack.run, stack.run.codes[kind]), torch.arange(len(kind), device=kind.device))
-        if self.table is None or self.table[0] is not stack.run:
-            self.table = stack.run, self._masks(stack.run, stack.run.codes)
-        return Keys(k, v, self.table[1], kind)
+        table = self.table  # read once: other threads may replace it
+        if table is None or table[0] is not stack.run:
+            self.table = table = stack.run, self._masks(stack.run, stack.run.codes)
+        return Keys(k, v, table[1], kind)
 
     def _masks(self, run: Run, codes: Tensor) -> Tensor:
         """Additive masks ``(kinds, M, hidden)``."""
@@ -183,7 +185,8 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
     out = work.q.new_zeros(shape.numel(), width, dtype=work.dtype)
     lse = work.q.new_full((shape.numel(),), -torch.inf, dtype=work.dtype)
     walker = Walker(work, masks_by_key=False)
-    for chunk in chunks(work):
+
+    def attend(chunk: Chunk) -> None:
         q, place = walker.queries(chunk)
         k, v = walker.keys(chunk)
         new, new_lse = q.new_empty(len(q), width), q.new_empty(len(q))
@@ -196,6 +199,9 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
             new[rows], new_lse[rows] = part.reshape(-1, width), part_lse.reshape(-1)
         out.index_copy_(0, place, new)
         lse.index_copy_(0, place, new_lse)
+
+    for _ in in_order(attend, list(chunks(work)), work.q.device):
+        pass
     return out.view(*shape, width), lse.view(shape)
 
 
@@ -226,13 +232,14 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
     outs, douts, lses = _table(out), _table(dout), lse.reshape(-1).to(dtype)
     lses = lses.masked_fill(lses == -torch.inf, torch.inf)
     dlses = None if dlse is None else dlse.reshape(-1).to(dtype)
-    for chunk in chunks(work):
+
+    def differentiate(chunk: Chunk) -> list[tuple[Tensor, Tensor, Tensor]]:
         q, place = walker.queries(chunk)
         k, v = walker.keys(chunk)
         where = plan.entry_lane[chunk.entries] * count + plan.entry_block[chunk.entries]
         my_out, my_dout = (x.index_select(0, place).to(dtype) for x in (outs, douts))
         my_lse, my_dlse = lses[place], None if dlses is None else dlses[place]
-        new = torch.empty_like(q)
+        new, found = torch.empty_like(q), []
         for stack in chunk.stacks:
             rows, run = stack.rows, stack.run
             stack_q, stack_out, stack_dout = (x[rows].view(-1, run.rows, x.shape[-1]) for x in (q, my_out, my_dout))
@@ -240,9 +247,14 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
             keys, stack_lse = walker.stack(stack, k, v), my_lse[rows].view(-1, run.rows)
             grads = work.tile_for(run).attend_backward(stack_dout, stack_dlse, stack_q, keys, stack_out, stack_lse, work.scale)
             new[rows] = grads[0].reshape(-1, width)
-            for total, grad in ((dk, grads[1]), (dv, grads[2])):
-                add_blocks(total, where[stack.entries], grad.reshape(-1, total.shape[1]))
+            found.append((where[stack.entries], grads[1], grads[2]))
         dq.index_copy_(0, place, new)
+        return found
+
+    for found in in_order(differentiate, list(chunks(work)), work.q.device):
+        for where, dk_part, dv_part in found:
+            add_blocks(dk, where, dk_part.reshape(-1, dk.shape[1]))
+            add_blocks(dv, where, dv_part.reshape(-1, dv.shape[1]))
     return dq.view(work.q.shape), _by_token(dk, work, width), _by_token(dv, work, work.v.shape[3])
 
 

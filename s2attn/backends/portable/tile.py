@@ -82,7 +82,7 @@ class StackTile:
     def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
         scores = self._scores(q, keys, scale)
         p, total, lse = softmax_step(scores)
-        return _batched(p, keys.v).div_(total), lse
+        return torch.bmm(p, keys.v).div_(total), lse
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
@@ -90,12 +90,12 @@ class StackTile:
         scores = self._scores(q, keys, scale)
         p = scores.sub_(lse[..., None] * LOG2_E)
         _each(p, Tensor.exp2_)
-        ds = _batched(dout, keys.v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
-        dk = _batched(ds.transpose(1, 2), q).mul_(scale)
-        return _batched(ds, keys.k).mul_(scale), dk, _batched(p.transpose(1, 2), dout)
+        ds = torch.bmm(dout, keys.v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
+        dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
+        return torch.bmm(ds, keys.k).mul_(scale), dk, torch.bmm(p.transpose(1, 2), dout)
 
     def _scores(self, q: Tensor, keys: Keys, scale: float) -> Tensor:
-        scores, masks = _batched(q * (scale * LOG2_E), keys.k.transpose(1, 2)), keys.masks()
+        scores, masks = torch.bmm(q * (scale * LOG2_E), keys.k.transpose(1, 2)), keys.masks()
         if masks is not None:
             scores[..., -masks.shape[-1] :] += masks
         return scores
@@ -150,13 +150,6 @@ def _each(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     for item in x.unbind() if x.device.type == "cpu" and x.dim() == 3 else [x]:
         function(item)
     return x
-
-
-def _batched(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm`; on a CPU it takes another path, with other bits, for a single item: so there are two."""
-    if a.device.type == "cpu" and len(a) == 1:
-        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
-    return torch.bmm(a, b)
 
 
 def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.base import Backend
-from s2attn.backends.checks import lse_dtype, plain_objections
+from s2attn.backends.checks import exact_arithmetic, lse_dtype, plain_objections
 from s2attn.layout import Layout
 
 
@@ -23,28 +23,36 @@ class Reference(Backend):
         return plain_objections(q, k, v)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-        mask = _mask(layout, q.shape[2])
-        scores = _scores(q, k, mask, scale)
-        lse = torch.logsumexp(scores, -1)
-        out = _weigh(_weights(scores, lse), v, mask)
+        with exact_arithmetic(q.device):
+            mask = _mask(layout, q.shape[2])
+            scores = _scores(q, k, mask, scale)
+            lse = torch.logsumexp(scores, -1)
+            out = _weigh(_weights(scores, lse), v, mask)
         return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask = _mask(layout, q.shape[2])
-        scores = _scores(q, k, mask, scale)
-        p = _weights(scores, torch.logsumexp(scores, -1))
-        heads_do, values = _by_head(dout), _grouped(v, q.shape[2])
-        dp = (heads_do @ values.transpose(-1, -2)).masked_fill(~mask, 0.0)
-        delta = (p * dp).sum(-1, keepdim=True)
-        if dlse is not None:
-            delta = delta - dlse.double()[..., None]
-        ds = p * (dp - delta) * scale
-        dq = ds @ _grouped(k, q.shape[2]).nan_to_num(0.0, 0.0, 0.0)
-        dk = _ungrouped(ds.transpose(-1, -2) @ _by_head(q), k.shape[2])
-        dv = _ungrouped(p.transpose(-1, -2) @ heads_do, v.shape[2])
-        return dq.transpose(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        with exact_arithmetic(q.device):
+            return _gradients(dout, dlse, q, k, v, layout, scale)
+
+
+def _gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = _mask(layout, q.shape[2])
+    scores = _scores(q, k, mask, scale)
+    p = _weights(scores, torch.logsumexp(scores, -1))
+    heads_do, values = _by_head(dout), _grouped(v, q.shape[2])
+    dp = (heads_do @ values.transpose(-1, -2)).masked_fill(~mask, 0.0)
+    delta = (p * dp).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse.double()[..., None]
+    ds = p * (dp - delta) * scale
+    dq = ds @ _grouped(k, q.shape[2]).nan_to_num(0.0, 0.0, 0.0)
+    dk = _ungrouped(ds.transpose(-1, -2) @ _by_head(q), k.shape[2])
+    dv = _ungrouped(p.transpose(-1, -2) @ heads_do, v.shape[2])
+    return dq.transpose(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _mask(layout: Layout, heads: int) -> Tensor:

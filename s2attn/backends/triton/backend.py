@@ -43,6 +43,7 @@ class Triton(Backend):
             why.append(f"needs a CUDA device, or TRITON_INTERPRET=1 for tests; the tensors lie on {q.device}")
         else:
             why += _device_objections(torch.cuda.get_device_capability(q.device), q.dtype)
+            why += _width_objections(q, v) if not why else []
         return why
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
@@ -85,6 +86,16 @@ def _device_objections(capability: tuple[int, int], dtype: torch.dtype) -> list[
         return [f"needs compute capability 7.5 or more, not {capability[0]}.{capability[1]}"]
     if dtype == torch.bfloat16 and capability < (8, 0):
         return ["this device has no bfloat16; float16 works"]
+    return []
+
+
+def _width_objections(q: Tensor, v: Tensor) -> list[str]:
+    """Head widths of which no tile fits into this device's shared memory."""
+    try:
+        for op in ("forward", "dq", "dkv"):
+            _tiles(op, q, v, 64)
+    except ValueError:
+        return [f"head widths {q.shape[-1]} and {v.shape[-1]} in {q.dtype} need more shared memory than this device has"]
     return []
 
 

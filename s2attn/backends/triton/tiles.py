@@ -45,21 +45,38 @@ def shared_bytes(op: str, tiles: Tiles, dim: int, dim_v: int, itemsize: int) -> 
     return lines + tiles.num_stages * listed + scratch
 
 
+WIDE_MEMORY = 200_000
+"""Devices with at least this much shared memory per program also have wide matrix units, which want taller tiles."""
+
+
 def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, shared_limit: int) -> Tiles:
-    """The tiles for ``op`` ("forward", "dq" or "dkv"): the widest of a short list that fits into the shared memory.
+    """The tiles for ``op`` ("forward", "dq" or "dkv"): preferred ones that do not spill registers, made smaller until they fit.
 
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
     Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3)
     """
-    wide = max(next_power(dim), next_power(dim_v))
-    tall = 128 if block >= 128 and wide <= 128 and itemsize == 2 and op == "forward" else 64
-    if wide > 128 or itemsize > 2:
-        tall = 32 if wide > 128 and itemsize > 2 else tall
-    fallbacks = [(tall, 64), (64, 32), (32, 32), (32, 16), (16, 16)]
-    for line_tokens, listed_tokens in fallbacks:
+    line_tokens, listed_tokens, warps = _preferred(op, max(next_power(dim), next_power(dim_v)), itemsize, block, shared_limit)
+    while True:
         for stages in (3, 2, 1):
-            warps = 8 if line_tokens >= 128 or (wide > 128 and line_tokens >= 64) else 4
             tiles = Tiles(line_tokens, listed_tokens, warps, stages)
             if shared_bytes(op, tiles, dim, dim_v, itemsize) <= shared_limit:
                 return tiles
-    raise ValueError(f"shared_limit must hold one tile of {SMALLEST} x {SMALLEST} tokens; got {shared_limit}")
+        if line_tokens == listed_tokens == SMALLEST:
+            raise ValueError(f"shared_limit must hold one tile of {SMALLEST} x {SMALLEST} tokens; got {shared_limit}")
+        if listed_tokens > SMALLEST and listed_tokens >= line_tokens // 2:
+            listed_tokens //= 2
+        else:
+            line_tokens //= 2
+
+
+def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int) -> tuple[int, int, int]:
+    """Line tokens, listed tokens and warps; what compiles without spills at widths 64 and 128 (`tests/compile`)."""
+    large = shared_limit >= WIDE_MEMORY
+    if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
+        # Products on ordinary units, or rows too wide for the registers: small tiles.
+        return (32, 32, 4) if wide <= 128 else (16, 32, 4)
+    if op == "dkv":
+        return (64, 32, 8) if wide > 64 else ((64, 64, 8) if large else (32, 64, 4))
+    if op == "forward" and large and block >= 128:
+        return 128, 64, 8
+    return 64, (64 if large or op == "dq" or wide <= 64 else 32), 4

@@ -1,0 +1,55 @@
+"""Many independent pieces of work on all cores: one thread per piece, results in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def in_order(function: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch.device) -> Iterator[Result]:
+    """``map(function, pieces)``; on a CPU by as many threads as torch would use, each of which computes alone.
+
+    Torch would rather split every single operation among its threads. These then wait for each other after each operation, which is
+    slow when operations are small and ruinous when other processes want the same cores. One thread per piece also makes the bits of a
+    result independent of the number of threads. While the iterator runs, `torch.get_num_threads` is 1; afterwards it is what it was.
+    """
+    if device.type != "cpu":
+        yield from map(function, pieces)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that start now inherit it
+    try:
+        if threads == 1 or len(pieces) < 2:
+            yield from map(function, pieces)
+        else:
+            yield from _by_threads(function, pieces, min(threads, len(pieces)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _by_threads(function: Callable[[Piece], Result], pieces: Sequence[Piece], threads: int) -> Iterator[Result]:
+    """At most two results per thread wait to be taken."""
+
+    @torch.no_grad()
+    def compute(piece: Piece) -> Result:  # a new thread knows nothing of the caller's modes
+        return function(piece)
+
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for piece in pieces:
+                waiting.append(pool.submit(compute, piece))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
