@@ -1,0 +1,80 @@
+"""Pieces on several threads: in order, with the caller's settings restored, and with the same bits as on one."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from s2attn.backends import Backend, get_backend
+from s2attn.backends.portable import run as walk
+from s2attn.backends.portable.workers import in_order
+from s2attn.testing.problems import random_problem, run
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_results_come_in_order() -> None:
+    def work(i: int) -> int:
+        time.sleep(0.002 * (i % 3))
+        return i
+
+    assert list(in_order(work, range(20), CPU)) == list(range(20))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_each_piece_computes_alone_and_without_autograd() -> None:
+    seen = list(in_order(lambda i: (torch.get_num_threads(), torch.is_grad_enabled(), threading.get_ident()), range(8), CPU))
+    assert {threads for threads, _, _ in seen} == {1} and not any(grad for _, grad, _ in seen)
+    assert threading.get_ident() not in {ident for _, _, ident in seen}
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("count", [1, 9])
+def test_an_error_reaches_the_caller_and_settings_are_restored(count: int) -> None:
+    def fail(i: int) -> None:
+        raise ValueError(f"piece {i}")
+
+    with pytest.raises(ValueError, match="piece 0"):
+        list(in_order(fail, range(count), CPU))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_abandoned_iterator_restores_settings() -> None:
+    results = in_order(lambda i: i, range(50), CPU)
+    assert next(results) == 0
+    results.close()
+    assert torch.get_num_threads() == 2
+
+
+def test_other_devices_use_no_threads() -> None:
+    seen = list(in_order(lambda i: threading.get_ident(), range(5), torch.device("meta")))
+    assert set(seen) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(walk, "CHUNK_BYTES", 200_000)
+    p = random_problem(4, 2, 4, 300, 300, 32, causal=True, batch=2).to(dtype)
+    backend = get_backend("portable")
+    alone = run(backend, p)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        together = run(backend, p)
+        assert all(torch.equal(getattr(together, name), getattr(alone, name)) for name in ("out", "lse", "dq", "dk", "dv"))
+
+
+def test_autocast_and_autograd_stay_outside(backend: Backend) -> None:
+    p = random_problem(4, 2, 2, 100, 100, 32, causal=True).to(torch.float32)
+    expected = run(backend, p)
+    for tensor in (p.q, p.k, p.v):
+        tensor.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(backend, p)
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)) and not getattr(got, name).requires_grad
