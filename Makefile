@@ -26,7 +26,7 @@ demo: $(VENV)/.ready-test
 	$(BIN)/s2attn demo
 
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check
