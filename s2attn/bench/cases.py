@@ -78,28 +78,42 @@ class LayoutCase:
 
 Case = AttentionCase | LayoutCase
 S2 = Local(16) | Stride(8)
+SPARSER = Local(8) | Stride(16)
+
+
+def tokens(n: int) -> str:
+    """A number of tokens, short.
+
+    >>> tokens(16384), tokens(1000)
+    ('16k', '1000')
+    """
+    return f"{n >> 10}k" if n and n % 1024 == 0 else str(n)
 
 
 def length_cases(lengths: Sequence[int], *, backward: bool = True, pattern: Pattern = S2) -> list[Case]:
     """One pattern (S2 when left out), 8 heads of width 64, at every length, forward and perhaps backward."""
     ops = OPS if backward else OPS[:1]
-    return [AttentionCase(f"{seqlen} {SHORT[op]}", op, pattern, seqlen) for seqlen in lengths for op in ops]
+    return [AttentionCase(f"{tokens(seqlen)} {SHORT[op]}", op, pattern, seqlen) for op in ops for seqlen in lengths]
 
 
 def cpu_suite(lengths: Sequence[int]) -> list[Case]:
-    """The suite ``cpu``: S2 at every length; GQA, other patterns and the dense pattern at the middle one; a layout of a million tokens."""
+    """The suite ``cpu``.
+
+    S2 at every length; a sparser S2 (12 % at 16k) at the last; GQA, other patterns and dense at the middle one; a layout of 1M tokens.
+    """
     middle = sorted(lengths)[len(lengths) // 2]
     shapes = [(8, 2), (16, 4)]
     patterns = {"power": Sink(64) | Local(5) | Power(), "sink-window": Sink(64) | Window(1024), "dense": Dense()}
     cases: list[Case] = length_cases(lengths)
     for op in OPS:
-        cases += [AttentionCase(f"{middle} {SHORT[op]}, {h}/{g} heads", op, S2, middle, heads=h, kv_heads=g) for h, g in shapes]
-        cases += [AttentionCase(f"{middle} {SHORT[op]}, {name}", op, pattern, middle) for name, pattern in patterns.items()]
+        cases.append(AttentionCase(f"{tokens(max(lengths))} {SHORT[op]}, sparser", op, SPARSER, max(lengths)))
+        cases += [AttentionCase(f"{tokens(middle)} {SHORT[op]}, {h}/{g} heads", op, S2, middle, heads=h, kv_heads=g) for h, g in shapes]
+        cases += [AttentionCase(f"{tokens(middle)} {SHORT[op]}, {name}", op, pattern, middle) for name, pattern in patterns.items()]
     return [*cases, LayoutCase("layout of 1M tokens", Window(1024) | Stride(64), 1 << 20)]
 
 
 def quick_suite(lengths: Sequence[int]) -> list[Case]:
     """A few seconds of the same kinds of cases, for tests and for a first look; its numbers mean nothing."""
     pattern, shape = Local(2, 32) | Stride(4, block=32), {"heads": 4, "kv_heads": 2, "head_dim": 16, "block": 32}
-    cases: list[Case] = [AttentionCase(f"{n} {SHORT[op]}", op, pattern, n, **shape) for n in lengths for op in OPS]
+    cases: list[Case] = [AttentionCase(f"{tokens(n)} {SHORT[op]}", op, pattern, n, **shape) for n in lengths for op in OPS]
     return [*cases, LayoutCase("layout", Window(64) | Stride(8), 4096, heads=4)]

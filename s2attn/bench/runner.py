@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,6 @@ class Effort:
     rounds: int = 9
     min_rounds: int = 3
     budget_s: float = 8.0
-    memory: bool = True
 
 
 @dataclass
@@ -96,8 +98,8 @@ def run_case(case: AttentionCase, peers: Sequence[Peer], effort: Effort, seed: i
             missing[peer.name] = ("failed", _one_line(error))
         else:
             entrants[peer.name] = entrant
-    for entrant in entrants.values():
-        entrant.run()
+    # The warm-up is where memory is measured.
+    peaks = {name: peak_bytes(entrant.run) for name, entrant in entrants.items()}
     calls = {name: entrant.run for name, entrant in entrants.items()}
     timings = time_in_turn(calls, rounds=effort.rounds, min_rounds=effort.min_rounds, budget_s=effort.budget_s)
     rows: list[Row] = []
@@ -108,9 +110,7 @@ def run_case(case: AttentionCase, peers: Sequence[Peer], effort: Effort, seed: i
             rows.append({**facts, "status": status, "why": why})
             continue
         entrant, timing = entrants[peer.name], timings[peer.name]
-        rows.append({**facts, "status": "ok", **_numbers(entrant, timing.median_s), **timing.facts()})
-        if effort.memory:
-            rows[-1]["peak_bytes"] = peak_bytes(entrant.run)
+        rows.append({**facts, "status": "ok", **_numbers(entrant, timing.median_s), "peak_bytes": peaks[peer.name], **timing.facts()})
     return _compared(rows)
 
 
@@ -164,25 +164,46 @@ def run_suite(
     peers: Sequence[str] = tuple(PEERS),
     effort: Effort | None = None,
     seed: int = 0,
+    limit_s: float = float("inf"),
     note: Note | None = None,
 ) -> Record:
     """Run ``cases`` and return the record: what it ran on, and a row per case and peer.
 
     Args:
         peers: names from ``PEERS``.
+        limit_s: once so many seconds have passed, the cases that are left are skipped, and say so.
         note: called with the name of each case before it begins.
     """
     made, rows, began = [PEERS[peer]() for peer in peers], [], time.perf_counter()
-    for case in cases:
-        if note is not None:
-            note(case.name)
-        if isinstance(case, LayoutCase):
-            rows.append(run_layout_case(case))
-        else:
-            with torch._dynamo.config.patch(recompile_limit=64):
+    with compiling_anew():
+        for case in cases:
+            if note is not None:
+                note(case.name)
+            if time.perf_counter() - began > limit_s:
+                names = ["s2attn"] if isinstance(case, LayoutCase) else peers
+                why = f"the {limit_s:.0f} seconds for all timings were over"
+                rows += [{**case.facts(), "peer": peer, "status": "skipped", "why": why} for peer in names]
+            elif isinstance(case, LayoutCase):
+                rows.append(run_layout_case(case))
+            else:
                 rows += run_case(case, made, effort or Effort(), seed)
-        gc.collect()
+            gc.collect()
     return {"schema": SCHEMA, "suite": name, "host": host_facts(), "seed": seed, "seconds": time.perf_counter() - began, "rows": rows}
+
+
+@contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Let torch.compile find nothing that an earlier run has left on disk, so that its seconds are those of a new machine."""
+    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch._dynamo.config.patch(recompile_limit=64):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            if known is None:
+                del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            else:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = known
 
 
 def write_record(record: Record, path: Path) -> Path:

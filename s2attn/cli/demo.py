@@ -52,7 +52,15 @@ def time_attention(settings: DemoSettings, show: Show) -> dict[str, Any]:
     peers = ["s2attn", "sdpa", "flex"] if settings.flex else ["s2attn", "sdpa"]
     show.begin(len(cases), "cases")
     note = _Once(show)
-    record = run_suite("demo", cases, peers=peers, effort=Effort(rounds=7, budget_s=6.0), seed=settings.seed, note=note.case)
+    record = run_suite(
+        "demo",
+        cases,
+        peers=peers,
+        effort=Effort(rounds=7, budget_s=6.0),
+        seed=settings.seed,
+        limit_s=settings.timing_seconds,
+        note=note.case,
+    )
     show.end()
     return record
 

@@ -34,7 +34,15 @@ def clear_errors() -> Iterator[None]:
 
 def table(lines: Sequence[Sequence[str]], title: str = "", right_from: int = 1) -> Table:
     """A table whose first line is its head; columns from ``right_from`` on stand at the right, and the first is never wrapped."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    made = Table(
+        title=f"\n{title}" if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
     for i, name in enumerate(lines[0]):
         made.add_column(Text(name), justify="right" if i >= right_from else "left", overflow="fold", no_wrap=i == 0)
     for line in lines[1:]:
@@ -49,4 +57,4 @@ def show_times(rows: Sequence[dict[str, Any]], screen: Console) -> None:
     lines, reasons = summary_table(rows)
     screen.print(table([[cell.replace(" ms", "ms").replace(" s", "s") for cell in line] for line in lines], "Attention"))
     for reason in reasons:
-        screen.print(f"-: {reason}", style="dim", markup=False)
+        screen.print(f"without a number: {reason}", style="dim", markup=False)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,12 @@ from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
 from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
 
 Record = dict[str, Any]
+FEWEST_STEPS, MOST_STEPS = 30, 400
 LOGIT_TOLERANCE = 1e-4
 """Logits with and without a cache may differ by rounding only: so much of the largest logit, in float32."""
 
 MODEL = ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
-DENSE, SPARSE = Recipe(Dense()), Recipe(Local(4, block=32) | Stride(4, block=32), dense_layers=[0])
+DENSE, SPARSE = Recipe(Dense()), Recipe(Local(2) | Stride(4), dense_layers=[0])
 TRAIN = TrainConfig(steps=300, batch=1)
 
 
@@ -49,6 +51,8 @@ class DemoSettings:
     Attributes:
         dense, sparse: recipes of the two models, which are alike in everything else.
         lengths: context lengths at which attention is timed.
+        train_seconds: take as many steps as fit into this time here, in place of ``train.steps``; None takes these.
+        timing_seconds: begin no new timing after so many.
         flex: time a compiled FlexAttention too.
     """
 
@@ -58,6 +62,8 @@ class DemoSettings:
     sparse: Recipe = SPARSE
     lengths: tuple[int, ...] = (4096, 8192, 16384)
     timed_pattern: Pattern = Local(16) | Stride(8)
+    train_seconds: float | None = 130.0
+    timing_seconds: float = 120.0
     flex: bool = True
     prompt_bytes: int = 1536
     new_bytes: int = 320
@@ -75,6 +81,7 @@ class DemoSettings:
             sparse=Recipe(pattern, dense_layers=[0]),
             lengths=(256, 512),
             timed_pattern=Local(2) | Stride(2),
+            train_seconds=None,
             flex=False,
             prompt_bytes=96,
             new_bytes=24,
@@ -83,12 +90,14 @@ class DemoSettings:
         )
 
     def with_options(self, *, seed: int = 0, steps: int | None = None, flex: bool = True) -> DemoSettings:
-        """The same demo with another seed or number of steps, or without FlexAttention."""
-        train = replace(self.train, seed=seed)
-        if steps is not None:
-            every = max(1, min(train.eval_every, steps))
-            train = replace(train, steps=steps, warmup=min(train.warmup, steps // 4), eval_every=every)
-        return replace(self, seed=seed, train=train, flex=self.flex and flex)
+        """The same demo with another seed, with a fixed number of steps, or without FlexAttention."""
+        made = replace(self, seed=seed, train=replace(self.train, seed=seed), flex=self.flex and flex)
+        return made if steps is None else made.with_steps(steps)
+
+    def with_steps(self, steps: int) -> DemoSettings:
+        """The same demo with so many steps, warmed up and validated in proportion."""
+        train = replace(self.train, steps=steps, warmup=steps // 15, eval_every=max(1, -(-steps // 6)))
+        return replace(self, train=train, train_seconds=None)
 
     def facts(self) -> Record:
         """The settings as plain values."""
@@ -100,6 +109,7 @@ class DemoSettings:
             "recipes": {"dense": repr(self.dense), "s2": repr(self.sparse)},
             "timed_pattern": repr(self.timed_pattern),
             "lengths": list(self.lengths),
+            "train_seconds": self.train_seconds,
         }
 
 
@@ -136,7 +146,9 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
         results["corpus"] = corpus.describe()
         show.note("{train_files} files to train on, {validation_files} to validate; split by file".format(**results["corpus"]))
     with _stage("Training a dense and an S2 model, a step of each in turn", "training", show, results):
-        runs = train_pair(settings, corpus, show, metrics)
+        fitted = fit_steps(settings, corpus)
+        results["settings"] = {**fitted.facts(), "train_seconds": settings.train_seconds}
+        runs = train_pair(fitted, corpus, show, metrics)
         results["runs"] = [run.summary() for run in runs]
         results["history"] = {run.name: run.history for run in runs}
     with _stage("Saving and loading the S2 model", "checkpoint", show, results):
@@ -160,11 +172,27 @@ def _stage(title: str, name: str, show: Show, results: Record) -> Iterator[None]
     results["seconds"][name] = time.perf_counter() - began
 
 
-def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metrics) -> list[Run]:
-    """Train the dense and the sparse model from the same start on the same bytes; returns both runs, the sparse one last."""
+def new_runs(settings: DemoSettings) -> list[Run]:
+    """The dense and the sparse model, the sparse one last, with equal weights and before their first step."""
     recipes = {"dense": settings.dense, "s2": settings.sparse}
     models = {name: LanguageModel(settings.model.with_recipe(recipe), seed=settings.seed) for name, recipe in recipes.items()}
-    runs = [Run(name, model, settings.train) for name, model in models.items()]
+    return [Run(name, model, settings.train) for name, model in models.items()]
+
+
+def fit_steps(settings: DemoSettings, corpus: Corpus) -> DemoSettings:
+    """As many steps as fit into ``settings.train_seconds`` on this machine, from a trial of a few steps that is thrown away."""
+    if settings.train_seconds is None:
+        return settings
+    trial = new_runs(settings)
+    pairs = [sum(run.advance(corpus.train)["seconds"] for run in trial) for _ in range(4)]
+    # Six validations cost about as much as thirty steps.
+    steps = int(settings.train_seconds / median(pairs[1:])) - 30
+    return settings.with_steps(max(FEWEST_STEPS, min(MOST_STEPS, steps)))
+
+
+def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metrics) -> list[Run]:
+    """Train the dense and the sparse model from the same start on the same bytes; returns both runs, the sparse one last."""
+    runs = new_runs(settings)
     latest: dict[str, float] = {}
 
     def log(entry: Record) -> None:

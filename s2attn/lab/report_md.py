@@ -14,7 +14,7 @@ TIME_HEAD = (
     *("length", "direction", "who", "density", "median", "p20 to p80", "vs dense", "efficiency"),
     *("mask or lists", "compile or plan", "peak memory", "error"),
 )
-SUMMARY_HEAD = ("", "density", "dense", "flex", "s2attn", "vs\ndense", "vs\nflex", "effi-\nciency", "s2attn\nset-up", "flex\nset-up")
+SUMMARY_HEAD = ("", "den-\nsity", "dense", "flex", "s2attn", "vs\ndense", "vs\nflex", "effi-\nciency", "s2attn\nset-up", "flex\nset-up")
 
 
 def write_report(results: Record, out: Path) -> Path:
@@ -73,9 +73,9 @@ def summary_table(rows: Sequence[Record]) -> tuple[list[list[str]], list[str]]:
             cases.setdefault(row["case"], {})[row["peer"]] = row
     for name, by_peer in cases.items():
         timed = {peer: row for peer, row in by_peer.items() if row["status"] == "ok"}
-        reasons += [row["why"] for row in by_peer.values() if row["status"] != "ok" and row["why"] not in reasons]
+        reasons += [row["why"] for row in by_peer.values() if row["status"] != "ok"]
         lines.append([name, *_summary(timed)])
-    return lines, reasons
+    return lines, list(dict.fromkeys(reasons))
 
 
 def _summary(timed: Mapping[str, Record]) -> list[str]:
@@ -87,7 +87,7 @@ def _summary(timed: Mapping[str, Record]) -> list[str]:
         *medians,
         *faster,
         f"{ours['efficiency']:.2f}" if ours and "efficiency" in ours else "-",
-        *(seconds(row["metadata_s"] + row["compile_s"]) if row else "-" for row in (ours, flex)),
+        *(seconds(row["metadata_s"] + row["compile_s"], digits=2) if row else "-" for row in (ours, flex)),
     ]
 
 
@@ -106,15 +106,16 @@ def _times(row: Record) -> list[str]:
     ]
 
 
-def seconds(value: float) -> str:
+def seconds(value: float, digits: int = 3) -> str:
     """A duration with a unit that suits it.
 
-    >>> seconds(0.01234), seconds(0.9999), seconds(2.5), seconds(150.0)
-    ('12.3 ms', '1.00 s', '2.50 s', '150 s')
+    >>> seconds(0.01234), seconds(0.9999), seconds(2.5), seconds(150.0), seconds(29.68, digits=2)
+    ('12.3 ms', '1.00 s', '2.50 s', '150 s', '30 s')
     """
-    if value < 0.9995:
-        return f"{1e3 * value:#.3g}".rstrip(".") + " ms"
-    return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
+    rounded = float(f"{value:.{digits}g}")
+    number, unit = (1e3 * rounded, "ms") if rounded < 1 else (rounded, "s")
+    whole = len(str(int(number))) if number >= 1 else 1
+    return f"{number:.{max(0, digits - whole)}f} {unit}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -153,14 +154,16 @@ def _pattern(results: Record, out: Path) -> str:
 
 def _training(results: Record) -> str:
     corpus, train, recipes = results["corpus"], results["settings"]["train"], results["settings"]["recipes"]
+    train_seconds = results["settings"]["train_seconds"]
     dense, sparse = results["runs"][0], results["runs"][-1]
+    fitted = f" (as many as fit into {train_seconds:.0f} seconds here; `--steps` fixes them)" if train_seconds else ""
     gap = sparse["validation_loss"] - dense["validation_loss"]
     lines = [
         "## Two language models on real text",
         f"Text: the source files of the running Python's standard library, byte by byte; {corpus['train_files']} files "
         f"({corpus['train_bytes'] / 1e6:.1f} MB) to train on and {corpus['validation_files']} others "
         f"({corpus['validation_bytes'] / 1e6:.2f} MB) to validate. Both models start from the same weights and read the same "
-        f"{dense['bytes_read']:,} bytes in the same order, {train['steps']} steps at a context of {train['context']}, in turn. "
+        f"{dense['bytes_read']:,} bytes in the same order, {train['steps']} steps{fitted} at a context of {train['context']}, in turn. "
         f"Dense: `{recipes['dense']}`. S2: `{recipes['s2']}`.",
         markdown(loss_table(results)),
         f"The S2 model ends {abs(gap):.3f} nats per byte {'above' if gap > 0 else 'below'} the dense one. "

@@ -186,6 +186,12 @@ def test_the_record_has_its_schema(tmp_path: Path) -> None:
     assert read["rows"][4]["op"] == "layout"
 
 
+def test_cases_after_the_time_limit_say_so() -> None:
+    record = run_suite("quick", quick_suite([128]), peers=["s2attn", "sdpa"], effort=FAST, limit_s=-1.0)
+    assert len(record["rows"]) == 5
+    assert {(row["status"], row["why"]) for row in record["rows"]} == {("skipped", "the -1 seconds for all timings were over")}
+
+
 def test_committed_records_can_be_read() -> None:
     import s2attn.bench
 
