@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,23 +69,29 @@ class Chunk:
 
 def chunks(work: Work) -> Iterator[Chunk]:
     """Cut the items into chunks that fit the budget; at least one item each."""
-    plan, runs = work.plan, work.plan.runs
-    width, size = work.k.shape[3] + work.v.shape[3], work.dtype.itemsize
-    weights = [plan.block * size * run.blocks * (width + work.tile_for(run).scores_held * run.rows) for run in runs]
-    weights = [w + plan.block * size * run.hidden * run.rows * 2 for w, run in zip(weights, runs, strict=True)]
-    used = np.cumsum(np.repeat(weights, [run.high - run.low for run in runs]))
-    budget = CHUNK_BYTES if work.q.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE
-    low, at = 0, 0
-    while low < len(used):
-        high = max(low + 1, int(np.searchsorted(used, (used[low - 1] if low else 0) + budget, side="right")))
-        stacks, first = [], at
-        while at < len(runs) and runs[at].low < high:
-            stacks.append(_stack(plan, runs[at], max(low, runs[at].low), min(high, runs[at].high), low))
+    plan, at = work.plan, 0
+    for low, high in pairwise(_chunk_ends(work)):
+        stacks = []
+        while at < len(plan.runs) and plan.runs[at].low < high:
+            run = plan.runs[at]
+            stacks.append(_stack(plan, run, max(low, run.low), min(high, run.high), low))
+            if run.high > high:
+                break  # it goes on in the next chunk
             at += 1
-        at = max(first, at - 1)
         yield Chunk(_between(plan.row_ptr, low, high), _between(plan.entry_ptr, low, high), stacks)
-        low = high
-        at += runs[at].high <= low
+
+
+def _chunk_ends(work: Work) -> list[int]:
+    """First item of each chunk, and the number of all items."""
+    runs, width = work.plan.runs, work.k.shape[3] + work.v.shape[3]
+    # numbers per key: itself, its column of scores, and (for hidden ones) its column of a mask of bools and floats
+    held = [run.blocks * (width + work.tile_for(run).scores_held * run.rows) + 2 * run.hidden * run.rows for run in runs]
+    used = np.cumsum(np.repeat(held, [run.high - run.low for run in runs])) * work.plan.block * work.dtype.itemsize
+    budget, ends = CHUNK_BYTES if work.q.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE, [0]
+    while ends[-1] < len(used):
+        before = used[ends[-1] - 1] if ends[-1] else 0
+        ends.append(max(ends[-1] + 1, int(np.searchsorted(used, before + budget, side="right"))))
+    return ends
 
 
 def _between(ptr: np.ndarray, low: int, high: int, base: int = 0) -> slice:
