@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.base import Backend
+from s2attn.backends.checks import plain_objections
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
 from s2attn.layout import Layout
 
@@ -29,14 +30,14 @@ class Triton(Backend):
         """Every reason why the kernels cannot serve such tensors here."""
         if find_spec("triton") is None:
             return ["triton is not installed; the extra named triton brings it"]
-        why = []
+        why = plain_objections(q, k, v)
+        if why:
+            return why
         if q.dtype not in DTYPES:
             why.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
         if max(q.shape[-1], v.shape[-1]) > WIDEST:
             why.append(f"head widths up to {WIDEST}, not {max(q.shape[-1], v.shape[-1])}")
-        if q.is_meta:
-            why.append("q is on the meta device and has no values")
-        elif _interpreting():
+        if _interpreting():
             if q.dtype == torch.bfloat16:
                 why.append("Triton's interpreter multiplies bfloat16 wrongly")
         elif not q.is_cuda:
