@@ -18,7 +18,7 @@ from s2attn.backends.portable.tile import Keys, Tile, choose_tile
 from s2attn.backends.portable.workers import in_order
 from s2attn.layout import Layout
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
 """What the items of a chunk may gather and hold together: few enough to stay in the cache."""
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 """The same on devices that want large calls."""
@@ -189,7 +189,7 @@ def run_forward(work: Work) -> tuple[Tensor, Tensor]:
 def _forward(work: Work) -> tuple[Tensor, Tensor]:
     """``(B, T, H, Dv)`` and ``(B, T, H)`` in the computing dtype."""
     shape, width = work.q.shape[:3], work.v.shape[3]
-    out = work.q.new_zeros(shape.numel(), width, dtype=work.dtype)
+    out = _row_table(work, width)
     lse = work.q.new_full((shape.numel(),), -torch.inf, dtype=work.dtype)
     walker = Walker(work, masks_by_key=False)
 
@@ -212,6 +212,13 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
     return out.view(*shape, width), lse.view(shape)
 
 
+def _row_table(work: Work, width: int) -> Tensor:
+    """``(B * T * H, width)`` for results by row: zeros, unless every row is going to be written."""
+    rows = work.q.shape[:3].numel()
+    make = work.q.new_empty if len(work.plan.place) == rows else work.q.new_zeros
+    return make(rows, width, dtype=work.dtype)
+
+
 def run_backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the whole problem."""
     lse = lse.transpose(1, 2)
@@ -232,7 +239,7 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
     """Gradients ``(B, T, H, D)``, ``(B, S, G, D)``, ``(B, S, G, Dv)`` in the computing dtype; lse and dlse are ``(B, T, H)``."""
     plan, dtype, width = work.plan, work.dtype, work.k.shape[3]
     lanes, count = work.k.shape[0] * work.k.shape[2], len(plan.key_start)
-    dq = work.q.new_zeros(work.q.shape[:3].numel(), width, dtype=dtype)
+    dq = _row_table(work, width)
     dk = work.k.new_zeros(lanes * count, plan.block * width, dtype=dtype)
     dv = work.v.new_zeros(lanes * count, plan.block * work.v.shape[3], dtype=dtype)
     walker = Walker(work, masks_by_key=True)

@@ -11,7 +11,7 @@ a row off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -45,6 +45,13 @@ class Keys:
     def masks(self) -> Tensor | None:
         """One mask for all items, or one for each."""
         return self.mask if self.mask is None or len(self.mask) == 1 else self.mask[self.kind]
+
+    def each_mask(self) -> Sequence[Tensor | None]:
+        """The mask of every item."""
+        if self.mask is None or self.kind is None:
+            return [None] * len(self.k)
+        masks = self.mask.unbind()
+        return [masks[kind] for kind in self.kind.tolist()]
 
 
 class Tile(Protocol):
@@ -81,8 +88,9 @@ class StackTile:
 
     def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
         scores = self._scores(q, keys, scale)
-        p, total, lse = softmax_step(scores)
-        return torch.bmm(p, keys.v).div_(total), lse
+        top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+        p = _each(scores.sub_(top), Tensor.exp2_)
+        return normalize(torch.bmm(p, keys.v), top, p.sum(-1, keepdim=True))
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
@@ -107,42 +115,44 @@ class LoopTile:
     scores_held = 0
 
     def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
-        kinds = keys.kind.tolist() if keys.kind is not None else []
-        q = q * (scale * LOG2_E)
-        out, lse = q.new_empty(*q.shape[:2], keys.v.shape[-1]), q.new_empty(q.shape[:2])
-        for i in range(len(q)):
-            scores = _product(q[i], keys.k[i])
-            if keys.mask is not None:
-                scores[:, -keys.mask.shape[-1] :] += keys.mask[kinds[i]]
-            p, total, lse[i] = softmax_step(scores)
-            torch.div(_product(p, keys.v[i].t()), total, out=out[i])
-        return out, lse
+        out = q.new_empty(*q.shape[:2], keys.v.shape[-1])
+        top, total = q.new_empty(2, *q.shape[:2], 1)
+        items = zip((q * (scale * LOG2_E)).unbind(), keys.k.unbind(), keys.v.mT.unbind(), out, top, total, keys.each_mask(), strict=True)
+        for my_q, k, v_t, my_out, my_top, my_total, mask in items:
+            scores = _product(my_q, k)
+            if mask is not None:
+                scores[:, -mask.shape[1] :] += mask
+            torch.amax(scores, -1, keepdim=True, out=my_top)
+            p = scores.sub_(my_top.clamp_(min=_LOWEST)).exp2_()
+            torch.sum(p, -1, keepdim=True, out=my_total)
+            my_out.copy_(_product(p, v_t))
+        return normalize(out, top, total)
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kinds = keys.kind.tolist() if keys.kind is not None else []
         dq, dk, dv = (torch.empty_like(x) for x in (q, keys.k, keys.v))
-        scaled, shift, delta = q * scale, lse * -LOG2_E, _delta(dout, out, dlse).neg_()
-        keys_by_column = (keys.k * scale).transpose(1, 2).contiguous()
-        for i in range(len(q)):
-            p = _product(keys.k[i], scaled[i] * LOG2_E, shift[i])  # (C, M)
-            if keys.mask is not None:
-                p[-keys.mask.shape[-1] :] += keys.mask[kinds[i]].t()
+        scaled, by_column = q * scale, (keys.k * scale).mT.contiguous()
+        rows = (scaled * LOG2_E, lse * -LOG2_E, scaled.mT, dout, _delta(dout, out, dlse).neg_(), dout.mT, dq.mT)
+        for my_q, shift, q_t, my_dout, delta, dout_t, dq_t, k, v, k_t, my_dk, my_dv, mask in zip(
+            *(x.unbind() for x in (*rows, keys.k, keys.v, by_column, dk, dv)), keys.each_mask(), strict=True
+        ):
+            p = _product(k, my_q, shift)  # (C, M)
+            if mask is not None:
+                p[-mask.shape[1] :] += mask.t()
             p.exp2_()
-            ds = _product(keys.v[i], dout[i], delta[i]).mul_(p)
-            dv[i] = _product(p, dout[i].t())
-            dk[i] = _product(ds, scaled[i].t())
-            dq[i] = _product(keys_by_column[i], ds.t()).t()
+            ds = _product(v, my_dout, delta).mul_(p)
+            my_dv.copy_(_product(p, dout_t))
+            my_dk.copy_(_product(ds, q_t))
+            dq_t.copy_(_product(k_t, ds.t()))
         return dq, dk, dv
 
 
-def softmax_step(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn log2 scores, in place, into weights relative to the row's largest; with their sum ``(..., 1)`` and the natural lse."""
-    top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
-    p = _each(scores.sub_(top), Tensor.exp2_)
-    total = p.sum(-1, keepdim=True).clamp_(min=-1 / _LOWEST)
-    return p, total, _each(total.clone(), Tensor.log2_).add_(top).mul_(math.log(2))[..., 0]
+def normalize(out: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` from weighted values, the largest log2 score of each row and the sum of its weights, both ``(N, M, 1)``."""
+    total.clamp_(min=-1 / _LOWEST)
+    out.div_(total)
+    return out, _each(total, Tensor.log2_).add_(top).mul_(math.log(2))[..., 0]
 
 
 def _each(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
