@@ -30,18 +30,22 @@ def _figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[
 
 
 def loss_chart(history: Mapping[str, Sequence[Record]], path: Path) -> Path:
-    """Training loss (thin: every step; thick: running mean) and validation loss (dots) of every run, in nats per byte."""
-    figure, (axis,) = _figure(width=8.0)
-    for name, entries in history.items():
-        color, label = COLORS.get(name), NAMES.get(name, name)
+    """Training loss (faint: every step; strong: running mean) and validation loss of every run, in nats per byte."""
+    figure, (left, right) = _figure(2)
+    for i, (name, entries) in enumerate(history.items()):
+        color, label, width = COLORS.get(name), NAMES.get(name, name), 3.2 if i == 0 else 1.6
         steps = [entry["step"] for entry in entries if "loss" in entry]
         losses = [entry["loss"] for entry in entries if "loss" in entry]
-        axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-        axis.plot(steps, smooth(losses), color=color, linewidth=1.8, label=f"{label}, training (running mean)")
+        left.plot(steps, losses, color=color, alpha=0.2, linewidth=0.7)
+        left.plot(steps, smooth(losses), color=color, linewidth=width, label=f"{label} (running mean)")
         checks = [(entry["step"], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
-        axis.plot(*zip(*checks, strict=True), "o--", color=color, markersize=5, linewidth=1, label=f"{label}, validation")
-    axis.set(xlabel="step", ylabel="loss (nats per byte)", title="Same data, same order, same start")
-    axis.legend(frameon=False, fontsize=9)
+        right.plot(
+            *zip(*checks, strict=True), "o-", color=color, markersize=4 + width, linewidth=width, label=f"{label}: {checks[-1][1]:.3f}"
+        )
+    left.set(xlabel="step", ylabel="loss (nats per byte)", title="training: same data, same order, same start")
+    right.set(xlabel="step", ylabel="loss (nats per byte)", title="validation: files that neither has seen")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=9, loc="upper right")
     figure.savefig(path)
     return path
 
@@ -79,7 +83,7 @@ def times_chart(rows: Sequence[Record], path: Path) -> Path:
             low, high = ([1e3 * row[key] for row in found] for key in ("p20_s", "p80_s"))
             axis.fill_between(lengths, low, high, color=COLORS[peer], alpha=0.18, linewidth=0)
         _length_axis(axis, rows)
-        axis.set_yscale("log")
+        _plain_log_scale(axis)
         axis.set(ylabel="milliseconds (median)", title=OPS[op])
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(path)
@@ -104,11 +108,21 @@ def memory_chart(rows: Sequence[Record], path: Path) -> Path:
         lengths = sorted({row["seqlen"] for row in rows if row.get("op") == op})
         axis.plot(lengths, [4 * n * n / 2**20 for n in lengths], ":", color="#b3261e", label="one head's S x S scores")
         _length_axis(axis, rows)
-        axis.set_yscale("log")
+        _plain_log_scale(axis)
         axis.set(ylabel="MiB above the level before", title=f"{OPS[op]}: peak memory")
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(path)
     return path
+
+
+def _plain_log_scale(axis: Axes) -> None:
+    """A logarithmic y axis with ticks 1, 2, 5, 10, ... written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _length_axis(axis: Axes, rows: Sequence[Record]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 
 from s2attn.core import bad_value
 from s2attn.lab.data import Corpus, read_corpus
+from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
 from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
@@ -147,7 +149,8 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
     with _stage("Training a dense and an S2 model, a step of each in turn", "training", show, results):
         fitted = fit_steps(settings, corpus)
         results["settings"] = {**fitted.facts(), "train_seconds": settings.train_seconds}
-        runs = train_pair(fitted, corpus, show, metrics)
+        runs = train_pair(fitted, corpus, show, metrics, settings.train_seconds)
+        results["settings"]["train"]["steps"] = runs[0].step
         results["runs"] = [run.summary() for run in runs]
         results["history"] = {run.name: run.history for run in runs}
     with _stage("Saving and loading the S2 model", "checkpoint", show, results):
@@ -155,12 +158,24 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
         show.note(f"loaded logits equal the saved model's, bit for bit; {results['checkpoint']['bytes'] / 1e6:.1f} MB of weights")
     with _stage("Writing with a KV cache", "generation", show, results):
         results["generation"] = write_continuation(model, corpus, settings, show)
+    with _stage("Judging the pattern", "pattern", show, results):
+        results["pattern"] = judge(settings)
     with _stage("Timing attention", "attention", show, results):
         results["attention"] = time_attention(settings, show)
         for row in results["attention"]["rows"]:
             metrics.write({"timing": row})
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def judge(settings: DemoSettings) -> list[Record]:
+    """What `describe` says of the timed pattern at the longest timed length and at eight times that."""
+    found = []
+    for seqlen in (settings.lengths[-1], 8 * settings.lengths[-1]):
+        report = describe(settings.timed_pattern, 8, seqlen=seqlen, head_dim=64)
+        names = ("seqlen", "density", "ideal_speedup", "cache_bytes", "dense_cache_bytes", "layout_bytes", "mask_bytes", "complete")
+        found.append({name: getattr(report, name) for name in names})
+    return found
 
 
 @contextmanager
@@ -189,7 +204,7 @@ def fit_steps(settings: DemoSettings, corpus: Corpus) -> DemoSettings:
     return settings.with_steps(max(FEWEST_STEPS, min(MOST_STEPS, steps)))
 
 
-def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metrics) -> list[Run]:
+def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metrics, seconds: float | None = None) -> list[Run]:
     """Train the dense and the sparse model from the same start on the same bytes; returns both runs, the sparse one last."""
     runs = new_runs(settings)
     latest: dict[str, float] = {}
@@ -204,7 +219,7 @@ def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metr
             show.note(f"step {entry['step']:>4}   validation loss   dense {before:.3f}   S2 {entry['validation_loss']:.3f}")
 
     show.begin(settings.train.steps * len(runs), "steps")
-    train_in_turn(runs, corpus.train, corpus.validation, log)
+    train_in_turn(runs, corpus.train, corpus.validation, log, seconds=math.inf if seconds is None else 1.2 * seconds)
     show.end()
     return runs
 
@@ -226,7 +241,7 @@ def write_continuation(model: LanguageModel, corpus: Corpus, settings: DemoSetti
     text = bytes(corpus.validation[: 64 * settings.prompt_bytes].tolist())
     prompt = choose_prompt(text, settings.prompt_bytes)
     show.begin(settings.new_bytes, "bytes")
-    made = generate(model, prompt, settings.new_bytes, seed=settings.seed, on_byte=show.advance)
+    made = generate(model, prompt, settings.new_bytes, temperature=0.6, seed=settings.seed, on_byte=show.advance)
     show.end()
     error = cache_error(model, made)
     if not error <= LOGIT_TOLERANCE:

@@ -39,6 +39,27 @@ def loss_table(results: Record) -> list[list[str]]:
     return lines
 
 
+def pattern_table(found: Sequence[Record]) -> list[list[str]]:
+    """Heading and one line per length: what the pattern leaves of work and memory."""
+    lines = [
+        ["length", "density", "ideal speed-up", "KV cache after eviction", "of", "block lists", "instead of a mask of", "union of heads"]
+    ]
+    for one in found:
+        sizes = [mebibytes(one[key]) for key in ("cache_bytes", "dense_cache_bytes", "layout_bytes", "mask_bytes")]
+        union = "complete" if one["complete"] else "incomplete"
+        lines.append([tokens(one["seqlen"]), f"{100 * one['density']:.1f} %", f"{one['ideal_speedup']:.1f}x", *sizes, union])
+    return lines
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes as MiB, or nothing.
+
+    >>> mebibytes(3 << 20), mebibytes(None)
+    ('3.0 MiB', '-')
+    """
+    return "-" if count is None else f"{count / 2**20:,.1f} MiB"
+
+
 def time_table(rows: Sequence[Record]) -> list[list[str]]:
     """Heading and one line per case and peer, as text; a row without a number says why."""
     lines = [
@@ -148,6 +169,7 @@ def _pattern(results: Record, out: Path) -> str:
         f"The pattern that is timed below, `{results['settings']['timed_pattern']}`: every head keeps a local window and its own stripes "
         "of the past; together the heads read everything.",
         "![pattern](pattern.png)",
+        markdown(pattern_table(results["pattern"])),
     ]
     return "\n\n".join(lines)
 

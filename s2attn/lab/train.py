@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -147,14 +147,18 @@ def validation_loss(model: LanguageModel, text: Tensor, *, windows: int, context
     return sum(losses) / len(losses)
 
 
-def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: Log) -> None:
+def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: Log, *, seconds: float = math.inf) -> None:
     """Train all ``runs`` to their end, a step of each in turn; ``log`` gets every entry of every history, with the run's name.
 
     Who goes first changes every step, so that no run has the warm caches of the other for itself.
+
+    Args:
+        seconds: when the steps of the configuration turn out not to fit into them, the end of all runs is brought forward.
     """
-    config = runs[0].config
+    began = time.perf_counter()
     while any(run.step < run.config.steps for run in runs):
         now = min(run.step for run in runs)
+        config = shorten(runs, time.perf_counter() - began, seconds)
         order = list(runs) if now % 2 == 0 else list(reversed(runs))
         for run in order:
             if run.step == now:
@@ -162,6 +166,16 @@ def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: L
         if (now + 1) % config.eval_every == 0 or now + 1 == config.steps:
             for run in runs:
                 log({"run": run.name, **run.evaluate(validation)})
+
+
+def shorten(runs: Sequence[Run], spent: float, seconds: float) -> TrainConfig:
+    """Give ``runs`` fewer steps when those left clearly do not fit into the time left; the learning rate then falls sooner."""
+    config, done = runs[0].config, min(run.step for run in runs)
+    if done >= 10 and spent * config.steps / done > 1.1 * seconds:
+        fit = done + max(1, int(done * (seconds - spent) / spent))
+        for run in runs:
+            run.config = replace(run.config, steps=min(run.config.steps, fit))
+    return runs[0].config
 
 
 def save_model(model: LanguageModel, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from s2attn import Dense, Local, Recipe, Stride
 from s2attn.lab.model import LanguageModel, ModelConfig
-from s2attn.lab.train import Run, TrainConfig, train_in_turn
+from s2attn.lab.train import Run, TrainConfig, shorten, train_in_turn
 
 SPARSE = Recipe(Local(2, block=16) | Stride(2, block=16), dense_layers=[0])
 MODEL = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, hidden=48, recipe=SPARSE)
@@ -84,3 +84,20 @@ def test_patterns_that_see_everything_train_like_dense_ones() -> None:
 def test_bad_settings_are_refused(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**change)
+
+
+def test_training_that_does_not_fit_into_its_time_ends_sooner() -> None:
+    config = TrainConfig(steps=200, batch=1, context=16, eval_every=100, eval_windows=1)
+    runs = [run_of("dense", Recipe(Dense()), config), run_of("s2", config=config)]
+    train_in_turn(runs, TEXT, TEXT, lambda entry: None, seconds=1e-6)
+    assert [run.step for run in runs] == [11, 11]
+    assert all("validation_loss" in run.history[-1] for run in runs)
+
+
+def test_training_that_fits_is_left_alone() -> None:
+    run = run_of()
+    run.step = 6
+    assert shorten([run], spent=6.0, seconds=1.0).steps == TRAIN.steps  # too early to tell
+    long = Run("s2", run.model, TrainConfig(steps=100), step=50)
+    assert shorten([long], spent=5.0, seconds=10.0).steps == 100
+    assert shorten([long], spent=20.0, seconds=30.0).steps == 75
