@@ -78,3 +78,21 @@ def test_autocast_and_autograd_stay_outside(backend: Backend) -> None:
         got = run(backend, p)
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert torch.equal(getattr(got, name), getattr(expected, name)) and not getattr(got, name).requires_grad
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_calls_that_overlap_leave_the_setting_as_it_was() -> None:
+    def call(pause: float) -> None:
+        list(in_order(lambda i: time.sleep(pause), range(4), CPU))
+
+    users = [threading.Thread(target=call, args=(pause,)) for pause in (0.004, 0.013, 0.001)]
+    for user in users:
+        user.start()
+        time.sleep(0.002)
+    for user in users:
+        user.join()
+    after: list[int] = []
+    late = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+    late.start()
+    late.join()
+    assert after == [2] and torch.get_num_threads() == 2

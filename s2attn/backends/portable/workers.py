@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -23,15 +25,35 @@ def in_order(function: Callable[[Piece], Result], pieces: Sequence[Piece], devic
     if device.type != "cpu":
         yield from map(function, pieces)
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that start now inherit it
-    try:
+    with _alone() as threads:
         if threads == 1 or len(pieces) < 2:
             yield from map(function, pieces)
         else:
             yield from _by_threads(function, pieces, min(threads, len(pieces)))
+
+
+_lock = Lock()
+_calls, _threads = 0, 1
+
+
+@contextmanager
+def _alone() -> Iterator[int]:
+    """Let every operation run on one thread, and tell how many torch had before.
+
+    The setting belongs to the process: of several calls at a time the first reads it, so that none takes another's 1 for the user's.
+    """
+    global _calls, _threads
+    with _lock:
+        if _calls == 0:
+            _threads = torch.get_num_threads()
+        _calls += 1
+        torch.set_num_threads(1)  # threads that start now inherit it
+    try:
+        yield _threads
     finally:
-        torch.set_num_threads(threads)
+        with _lock:
+            _calls -= 1
+            torch.set_num_threads(_threads)
 
 
 def _by_threads(function: Callable[[Piece], Result], pieces: Sequence[Piece], threads: int) -> Iterator[Result]:
