@@ -150,7 +150,6 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
         fitted = fit_steps(settings, corpus)
         results["settings"] = {**fitted.facts(), "train_seconds": settings.train_seconds}
         runs = train_pair(fitted, corpus, show, metrics, settings.train_seconds)
-        results["settings"]["train"]["steps"] = runs[0].step
         results["runs"] = [run.summary() for run in runs]
         results["history"] = {run.name: run.history for run in runs}
     with _stage("Saving and loading the S2 model", "checkpoint", show, results):
@@ -241,7 +240,7 @@ def write_continuation(model: LanguageModel, corpus: Corpus, settings: DemoSetti
     text = bytes(corpus.validation[: 64 * settings.prompt_bytes].tolist())
     prompt = choose_prompt(text, settings.prompt_bytes)
     show.begin(settings.new_bytes, "bytes")
-    made = generate(model, prompt, settings.new_bytes, temperature=0.6, seed=settings.seed, on_byte=show.advance)
+    made = generate(model, prompt, settings.new_bytes, temperature=0.7, seed=settings.seed, on_byte=show.advance)
     show.end()
     error = cache_error(model, made)
     if not error <= LOGIT_TOLERANCE:

@@ -185,7 +185,7 @@ def _training(results: Record) -> str:
         f"Text: the source files of the running Python's standard library, byte by byte; {corpus['train_files']} files "
         f"({corpus['train_bytes'] / 1e6:.1f} MB) to train on and {corpus['validation_files']} others "
         f"({corpus['validation_bytes'] / 1e6:.2f} MB) to validate. Both models start from the same weights and read the same "
-        f"{dense['bytes_read']:,} bytes in the same order, {train['steps']} steps{fitted} at a context of {train['context']}, in turn. "
+        f"{dense['bytes_read']:,} bytes in the same order, {dense['steps']} steps{fitted} at a context of {train['context']}, in turn. "
         f"Dense: `{recipes['dense']}`. S2: `{recipes['s2']}`.",
         markdown(loss_table(results)),
         f"The S2 model ends {abs(gap):.3f} nats per byte {'above' if gap > 0 else 'below'} the dense one. "

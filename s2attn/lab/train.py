@@ -153,12 +153,16 @@ def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: L
     Who goes first changes every step, so that no run has the warm caches of the other for itself.
 
     Args:
-        seconds: when the steps of the configuration turn out not to fit into them, the end of all runs is brought forward.
+        seconds: whenever the planned steps turn out not to fit into them, the end of all runs is brought forward.
     """
-    began = time.perf_counter()
+    began, config = time.perf_counter(), runs[0].config
+    planned = config.steps
     while any(run.step < run.config.steps for run in runs):
         now = min(run.step for run in runs)
-        config = shorten(runs, time.perf_counter() - began, seconds)
+        if now and now % 10 == 0 and seconds < math.inf:
+            config = replace(config, steps=steps_that_fit(runs, planned, seconds - (time.perf_counter() - began)))
+            for run in runs:
+                run.config = config
         order = list(runs) if now % 2 == 0 else list(reversed(runs))
         for run in order:
             if run.step == now:
@@ -168,14 +172,11 @@ def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: L
                 log({"run": run.name, **run.evaluate(validation)})
 
 
-def shorten(runs: Sequence[Run], spent: float, seconds: float) -> TrainConfig:
-    """Give ``runs`` fewer steps when those left clearly do not fit into the time left; the learning rate then falls sooner."""
-    config, done = runs[0].config, min(run.step for run in runs)
-    if done >= 10 and spent * config.steps / done > 1.1 * seconds:
-        fit = done + max(1, int(done * (seconds - spent) / spent))
-        for run in runs:
-            run.config = replace(run.config, steps=min(run.config.steps, fit))
-    return runs[0].config
+def steps_that_fit(runs: Sequence[Run], planned: int, left: float) -> int:
+    """The planned number of steps, or as many as fit into ``left`` seconds at the speed of the last ten steps, one at least."""
+    recent = [[entry["seconds"] for entry in run.history if "seconds" in entry][-10:] for run in runs]
+    speed = sum(sum(seconds) for seconds in recent) / len(recent[0])
+    return min(planned, runs[0].step + max(1, int(min(left / speed, planned))))
 
 
 def save_model(model: LanguageModel, folder: Path) -> None:

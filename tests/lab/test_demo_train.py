@@ -11,7 +11,7 @@ import torch
 
 from s2attn import Dense, Local, Recipe, Stride
 from s2attn.lab.model import LanguageModel, ModelConfig
-from s2attn.lab.train import Run, TrainConfig, shorten, train_in_turn
+from s2attn.lab.train import Run, TrainConfig, steps_that_fit, train_in_turn
 
 SPARSE = Recipe(Local(2, block=16) | Stride(2, block=16), dense_layers=[0])
 MODEL = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, hidden=48, recipe=SPARSE)
@@ -94,10 +94,10 @@ def test_training_that_does_not_fit_into_its_time_ends_sooner() -> None:
     assert all("validation_loss" in run.history[-1] for run in runs)
 
 
-def test_training_that_fits_is_left_alone() -> None:
+def test_the_end_moves_with_the_speed_of_the_last_steps() -> None:
     run = run_of()
-    run.step = 6
-    assert shorten([run], spent=6.0, seconds=1.0).steps == TRAIN.steps  # too early to tell
-    long = Run("s2", run.model, TrainConfig(steps=100), step=50)
-    assert shorten([long], spent=5.0, seconds=10.0).steps == 100
-    assert shorten([long], spent=20.0, seconds=30.0).steps == 75
+    run.step = 20
+    run.history = [{"step": i + 1, "loss": 1.0, "seconds": 9.0 if i < 10 else 2.0} for i in range(20)]
+    assert steps_that_fit([run], planned=100, left=1000.0) == 100
+    assert steps_that_fit([run], planned=100, left=40.0) == 40
+    assert steps_that_fit([run], planned=100, left=-5.0) == 21
