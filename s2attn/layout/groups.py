@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s2attn.core import check_int
 from s2attn.layout.layout import Layout
+from s2attn.patterns.runs import ranges
 
 FULL = -1
 ABSENT = -2
@@ -100,16 +101,6 @@ def unique_heads(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
             kept.append(head)
         where[head] = seen[key]
     return np.asarray(kept, np.int64), where
-
-
-def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The numbers ``start[i], ..., start[i] + length[i] - 1`` of every i, one after another.
-
-    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
-    [5, 6, 0, 1, 2]
-    """
-    before = np.cumsum(length) - length
-    return np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - before, length)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def find_layout(text: str, index: list[Tensor], q: Tensor, k: Tensor) -> Layout:
 
 def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
     """The numbers of a vector of cumulative lengths; a tensor that was read before is not read (and its device not waited for) again."""
+    if cu_seqlens.is_inference():  # made under inference_mode: torch does not count its changes, so it has to be read every time
+        return tuple(read_cu_seqlens(name, cu_seqlens, total))
     version = cu_seqlens._version
     known = _lengths.get(cu_seqlens)
     if known is None or known[0] != (version, total):

@@ -17,15 +17,19 @@ _ROW = np.int64(1) << 32
 _HALF = np.int64(1) << 31
 
 
-def repeat_ranges(first: Array, count: Array) -> tuple[Array, Array]:
-    """For every i the numbers ``first[i] .. first[i] + count[i] - 1``, flat: ``(the i each belongs to, the numbers)``.
+def ranges(first: Array, count: Array) -> Array:
+    """The numbers ``first[i] .. first[i] + count[i] - 1`` of every i, one after another.
 
-    >>> repeat_ranges(np.array([5, 0]), np.array([2, 3]))[1].tolist()
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
     """
-    owner = np.repeat(np.arange(len(count)), count)
-    inside = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
-    return owner, first[owner] + inside
+    before = np.cumsum(count) - count
+    return np.arange(int(count.sum()), dtype=np.int64) + np.repeat(first - before, count)
+
+
+def repeat_ranges(first: Array, count: Array) -> tuple[Array, Array]:
+    """The same numbers, behind the i that each belongs to."""
+    return np.repeat(np.arange(len(count)), count), ranges(first, count)
 
 
 @dataclass(frozen=True, eq=False)

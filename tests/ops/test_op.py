@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -119,6 +122,26 @@ def test_cu_seqlens_changed_in_place_are_read_again():
     fresh = torch.tensor([0, 50, 70])
     assert not torch.equal(one, two)
     assert torch.equal(two, s2attn.attention(q, k, v, PATTERN, cu_seqlens_q=fresh, cu_seqlens_k=fresh))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        q, k, v = (torch.randn(70, heads, 8) for heads in (4, 2, 2))
+        cu = torch.tensor([0, 20, 70])
+        one = s2attn.attention(q, k, v, PATTERN, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        cu[1] = 50
+        two = s2attn.attention(q, k, v, PATTERN, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        torch.testing.assert_close(two[:50], s2attn.attention(q[None, :50], k[None, :50], v[None, :50], PATTERN)[0])
+    assert not torch.equal(one, two)
+
+
+def test_modules_and_layouts_can_be_copied_and_pickled():
+    x, module, layout = tensors(grad=False), SparseAttention(PATTERN, 4, 2, layer=1), build_layout(PATTERN, 4, 2, 70)
+    expected = module(*x)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(*x), expected)
+    for other in (copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert torch.equal(s2attn.attention(*x, other), s2attn.attention(*x, layout))
 
 
 def test_only_what_needs_a_gradient_gets_one():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2attn.backends.portable.cuts import Groups, cheapest_groups
 from s2attn.layout import Layout
-from s2attn.layout.groups import ranges
+from s2attn.patterns.runs import ranges
 
 MOST_KINDS = 16
 """A run with more distinct masks than this makes them stack by stack instead of keeping a table."""
