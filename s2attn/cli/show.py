@@ -84,6 +84,7 @@ def show_pattern(what: str, asked: Asked, *, png: Path | None = None, as_json: b
             screen.print(Text(f"- {sentence}", style=style))
     *panels, (_, legend) = drawings(pattern, asked, report.block)
     screen.print(Columns([Panel.fit(Text(picture, no_wrap=True), title=title) for title, picture in panels[:MOST_HEADS]]))
+    legend += "; heads that look alike share a picture"
     more = f" ({len(panels) - MOST_HEADS} more kinds of heads are not drawn)" if len(panels) > MOST_HEADS else ""
     screen.print(Text(f"layer {asked.layer}; {legend}{more}", style="dim"))
     if png is not None:

@@ -160,8 +160,8 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
     with _stage("Judging the pattern", "pattern", show, results):
         results["pattern"] = judge(settings)
         far = results["pattern"][-1]
-        kept = far["cache_bytes"] / far["dense_cache_bytes"]
-        show.note(f"at {far['seqlen']:,} tokens: {100 * far['density']:.1f} % of the pairs, {100 * kept:.1f} % of the KV cache after eviction")
+        pairs, kept = 100 * far["density"], 100 * far["cache_bytes"] / far["dense_cache_bytes"]
+        show.note(f"at {far['seqlen']:,} tokens: {pairs:.1f} % of the pairs, {kept:.1f} % of the KV cache after eviction")
     with _stage("Timing attention", "attention", show, results):
         results["attention"] = time_attention(settings, show)
         for row in results["attention"]["rows"]:
