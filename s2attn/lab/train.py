@@ -174,8 +174,8 @@ def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: L
 
 def steps_that_fit(runs: Sequence[Run], planned: int, left: float) -> int:
     """The planned number of steps, or as many as fit into ``left`` seconds at the speed of the last ten steps, one at least."""
-    recent = [[entry["seconds"] for entry in run.history if "seconds" in entry][-10:] for run in runs]
-    speed = sum(sum(seconds) for seconds in recent) / len(recent[0])
+    # The median: a hiccup of the machine has cost its time already and says nothing about the steps to come.
+    speed = sum(median([entry["seconds"] for entry in run.history if "seconds" in entry][-10:]) for run in runs)
     return min(planned, runs[0].step + max(1, int(min(left / speed, planned))))
 
 

@@ -100,4 +100,6 @@ def test_the_end_moves_with_the_speed_of_the_last_steps() -> None:
     run.history = [{"step": i + 1, "loss": 1.0, "seconds": 9.0 if i < 10 else 2.0} for i in range(20)]
     assert steps_that_fit([run], planned=100, left=1000.0) == 100
     assert steps_that_fit([run], planned=100, left=40.0) == 40
+    run.history[-1]["seconds"] = 500.0  # one hiccup
+    assert steps_that_fit([run], planned=100, left=40.0) == 40
     assert steps_that_fit([run], planned=100, left=-5.0) == 21
