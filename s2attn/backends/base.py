@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from s2attn.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """How products q.k become logits, and what else stands in the softmax denominator.
+
+    Not to be confused with the pattern `Sink`, which lets queries see the first tokens: the sinks here are numbers, and no key.
+
+    Attributes:
+        scale: the logit of a pair is ``x = scale * q.k``.
+        softcap: None, or a positive bound: the logit is then ``softcap * tanh(x / softcap)``, taken before the mask (as in Gemma 2).
+        sinks: None, or ``(H,)`` float32 (float64 for float64 inputs) on q's device: one logit for each query head, which joins the
+            denominator of every row of its head and has no value (as in gpt-oss; a sink of 0 is "softmax1"). -inf counts for nothing.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Backend(ABC):
@@ -14,7 +33,8 @@ class Backend(ABC):
 
     Tensors that reach a backend are checked already and have four axes: q ``(B, T, H, D)``, k ``(B, S, G, D)``, v ``(B, S, G, Dv)``,
     out ``(B, T, H, Dv)``, lse ``(B, H, T)`` float32 (float64 for float64 inputs), natural log; packed sequences arrive with B = 1.
-    A row that sees no key gives out 0 and lse -inf. Both directions are deterministic.
+    lse is the log of the whole denominator, sinks included: a row that sees no key gives out 0 and the lse of its sink, or -inf without
+    sinks. Both directions are deterministic.
     """
 
     name: str
@@ -24,11 +44,15 @@ class Backend(ABC):
         """Every reason why this backend cannot serve such tensors; empty when it can."""
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """Return ``(out, lse)``."""
 
     @abstractmethod
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(dq, dk, dv)``; ``dS = P * (dP - delta + dlse)`` with ``delta = sum(dout * out)``."""
+        """Return ``(dq, dk, dv)``; ``dS = P * (dP - delta)`` with ``P = exp(logit - lse)`` and ``delta = sum(dout * out) - dlse``.
+
+        A soft-cap multiplies dS by ``1 - (logit / softcap) ** 2``. The gradient of the sinks needs no keys, and no backend computes it:
+        see `s2attn.ops.register.sink_gradient`.
+        """

@@ -1,4 +1,4 @@
-"""`SparseAttention`: attention with a pattern as a module without parameters."""
+"""`SparseAttention`: attention with a pattern as a module, without parameters unless sinks are asked for."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch import Tensor, nn
 from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.layout import HeadRange
 from s2attn.ops import attention
+from s2attn.ops.checks import check_softcap
 from s2attn.patterns import Pattern
 
 
 class SparseAttention(nn.Module):
-    """Attention over the keys that a pattern lets each query see; no projections, no parameters, nothing in the state dict.
+    """Attention over the keys that a pattern lets each query see; no projections.
+
+    Without sinks it has no parameters, and nothing in the state dict; with them one parameter, ``sinks``.
 
     Args:
         pattern: which keys are seen.
         num_heads: query heads H of the tensors that come.
         num_kv_heads: key/value heads G, H by default.
-        causal, scale, backend: as in `s2attn.attention`.
+        causal, scale, softcap, backend: as in `s2attn.attention`.
         layer: number of the layer, for patterns that differ by layer.
         heads: the global heads that these are, under tensor parallelism.
+        sinks: learn one logit for each query head, a parameter ``(num_heads,)`` that starts at 0 and joins the softmax denominator.
 
     >>> layer = SparseAttention(Pattern.from_json('{"version": 1, "pattern": {"type": "Window", "n": 8}}'), num_heads=4, num_kv_heads=2)
     >>> layer(torch.randn(2, 100, 4, 16), torch.randn(2, 100, 2, 16), torch.randn(2, 100, 2, 16)).shape
@@ -37,6 +41,8 @@ class SparseAttention(nn.Module):
         *,
         causal: bool = True,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
         layer: int = 0,
         heads: HeadRange | None = None,
         backend: str = "auto",
@@ -49,6 +55,10 @@ class SparseAttention(nn.Module):
         self.num_kv_heads = self.num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
         if self.num_heads % self.num_kv_heads:
             raise bad_value("num_kv_heads", f"must divide num_heads ({self.num_heads})", num_kv_heads)
+        if not isinstance(sinks, bool):
+            raise bad_kind("sinks", "must be True or False", sinks)
+        self.softcap = check_softcap(softcap)
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(self.num_heads)) if sinks else None)
         self.causal, self.scale, self.layer, self.heads, self.backend = causal, scale, check_int("layer", layer, 0), heads, backend
 
     def forward(
@@ -73,6 +83,8 @@ class SparseAttention(nn.Module):
             self.pattern,
             causal=self.causal,
             scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             return_lse=return_lse,
@@ -82,4 +94,6 @@ class SparseAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.pattern!r}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, causal={self.causal}, layer={self.layer}"
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        scoring = f"softcap={self.softcap}, sinks={self.sinks is not None}"
+        return f"{self.pattern!r}, {heads}, causal={self.causal}, layer={self.layer}, {scoring}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import check_cu_seqlens, check_layout, check_scale, check_tensors
+from s2attn.ops.checks import check_cu_seqlens, check_layout, check_scale, check_sinks, check_softcap, check_tensors
 from s2attn.ops.register import attention_op
 from s2attn.ops.source import layout_text, pattern_text
 from s2attn.patterns import Pattern, Recipe
@@ -23,6 +23,8 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -34,7 +36,8 @@ def attention(
     """Exact softmax attention over the keys that a pattern lets each query see.
 
     ``out[i] = sum_j softmax_j(scale * q[i].k[j]) v[j]`` over the allowed j. Queries sit at the end of the keys: query i of T has
-    position ``i + S - T``, so prefill, a chunk of it, and decoding follow one rule. Differentiable in q, k, v, through out and lse.
+    position ``i + S - T``, so prefill, a chunk of it, and decoding follow one rule. Differentiable in q, k, v and sinks, through out and
+    lse.
 
     Args:
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides.
@@ -42,6 +45,9 @@ def attention(
         pattern: which keys are seen: a `Pattern`, or a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply).
         causal: cut keys after the query.
         scale: factor on q.k; ``D ** -0.5`` by default.
+        softcap: bound on logits: ``x = scale * q.k`` becomes ``softcap * tanh(x / softcap)``, before the mask (as in Gemma 2).
+        sinks: ``(H,)``, any floating dtype: one logit for each query head, which joins the softmax denominator and has no value (as in
+            gpt-oss). Not the pattern `Sink`. When partial results are going to be merged, give the sinks to exactly one part.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences.
         return_lse: return ``(out, lse)``.
         block: tokens per block of the layout that is built from a pattern; by default the pattern's finest grid, at most 128, or 64.
@@ -51,7 +57,7 @@ def attention(
 
     Returns:
         out ``(B, T, H, Dv)`` or ``(total_q, H, Dv)`` in q's dtype; with ``return_lse`` also the natural log of the softmax denominator,
-        ``(B, H, T)`` or ``(H, total_q)``, float32 (float64 for float64). A query that sees no key gives 0 and -inf, and gradients of 0.
+        ``(B, H, T)`` or ``(H, total_q)``, float32 (float64 for float64). A query that sees no key gives 0, and -inf or its head's sink.
 
     Raises:
         ValueError, TypeError: a bad argument, named with its rule, before any work.
@@ -65,7 +71,8 @@ def attention(
     given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     packed = bool(given)
     check_tensors(q, k, v, packed)
-    scale = check_scale(scale, q.shape[-1])
+    scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
+    check_sinks(sinks, q)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
     q, k, v = _autocast(q, k, v)
@@ -77,10 +84,10 @@ def attention(
     else:
         source, index = _pattern_source(pattern, block, causal, layer, heads, q), given
     if packed:
-        out, lse = attention_op(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), index, source, scale, backend)
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, lse = attention_op(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
+    if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
-    else:
-        out, lse = attention_op(q, k, v, index, source, scale, backend)
     return (out, lse) if return_lse else out
 
 

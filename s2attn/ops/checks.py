@@ -51,6 +51,31 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def check_softcap(softcap: float | None) -> float | None:
+    """The bound on logits: None, or a positive finite number."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise bad_kind("softcap", "must be a number or None", softcap)
+    if not math.isfinite(softcap) or softcap <= 0:
+        raise bad_value("softcap", "must be positive and finite", softcap)
+    return float(softcap)
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Kind, dtype, shape and device of the sinks; their numbers are not looked at, since that would wait for the device."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor):
+        raise bad_kind("sinks", "must be a tensor or None", sinks)
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must have a floating point dtype; got {sinks.dtype}")
+    if sinks.shape != (q.shape[-2],):
+        raise bad_value("sinks", f"must have shape ({q.shape[-2]},), one number for each head of q", tuple(sinks.shape))
+    if sinks.device != q.device:
+        raise bad_value("sinks", f"must lie on the device of q, {q.device}", sinks.device)
+
+
 def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[Tensor]:
     """Kinds and shapes of the cumulative lengths; their numbers are checked where they are read, before any kernel runs."""
     if cu_seqlens_q is None and cu_seqlens_k is None:

@@ -15,7 +15,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
     ``lse = log(sum(exp(lse_i)))`` and ``out = sum(exp(lse_i - lse) * out_i)``, in float32 (float64 for float64), as in FlashDecoding and
     LeanAttention (arXiv:2405.10480, section 4). Associative, commutative, with the identity ``(0, -inf)``, and differentiable in
-    every ``out`` and ``lse``. A part whose lse is -inf counts for nothing, whatever its out holds.
+    every ``out`` and ``lse``. A part whose lse is -inf counts for nothing, whatever its out holds. Attention with sinks: give them to
+    exactly one part, since a sink counts once in the denominator.
 
     Args:
         parts: one or more pairs of out ``(B, T, H, D)`` and lse ``(B, H, T)``, or packed out ``(total, H, D)`` and lse ``(H, total)``.

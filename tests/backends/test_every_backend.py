@@ -192,23 +192,23 @@ class Attend(torch.autograd.Function):
     """A backend as a differentiable function, for gradcheck."""
 
     @staticmethod
-    def forward(ctx, q, k, v, backend, layout, scale):
-        out, lse = backend.forward(q, k, v, layout, scale)
+    def forward(ctx, q, k, v, backend, layout, scoring):
+        out, lse = backend.forward(q, k, v, layout, scoring)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = backend, layout, scale
+        ctx.rest = backend, layout, scoring
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        backend, layout, scale = ctx.rest
-        return *backend.backward(dout, dlse, *ctx.saved_tensors, layout, scale), None, None, None
+        backend, layout, scoring = ctx.rest
+        return *backend.backward(dout, dlse, *ctx.saved_tensors, layout, scoring), None, None, None
 
 
 def test_gradients_are_derivatives(backend: Backend) -> None:
     mask = random_mask(2, 20, 24, 16) | torch.eye(20, 24, dtype=torch.bool)
     p = make_problem(Layout.from_dense(mask, block=16), mask, heads=4, kv_heads=2, width=3, v_width=2)
     inputs = [x.requires_grad_() for x in (p.q, p.k, p.v)]
-    assert torch.autograd.gradcheck(lambda q, k, v: Attend.apply(q, k, v, backend, p.layout, p.scale), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: Attend.apply(q, k, v, backend, p.layout, p.scoring), inputs, fast_mode=True)
 
 
 def test_sharp_softmax(backend: Backend) -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 
 import s2attn
 from s2attn import Local, Random, Sink, Stride, Window
-from s2attn.backends import get_backend
+from s2attn.backends import Scoring, get_backend
 from s2attn.backends.portable import Portable
 from s2attn.backends.portable import run as walk
 from s2attn.backends.portable.cache import cached_plan
@@ -48,8 +48,8 @@ def test_memory_is_linear_in_the_length(tile) -> None:
     backend, layout = Portable(tile), build_layout(Window(200) | Stride(64), heads, seqlen_q=length)
     q, k, v = (torch.randn(1, length, heads, width) for _ in range(3))
     with LargestResult() as largest:
-        out, lse = backend.forward(q, k, v, layout, 0.25)
-        backend.backward(out, None, q, k, v, out, lse, layout, 0.25)
+        out, lse = backend.forward(q, k, v, layout, Scoring(0.25))
+        backend.backward(out, None, q, k, v, out, lse, layout, Scoring(0.25))
     assert largest.numel <= 4 * q.numel() < length * length / 25
 
 
@@ -57,7 +57,7 @@ def test_keys_are_not_repeated_for_query_heads() -> None:
     layout = build_layout(Window(100), 16, 1, seqlen_q=1, seqlen_k=4096)
     q, k = torch.randn(1, 1, 16, 64), torch.randn(1, 4096, 1, 64)
     with LargestResult() as largest:
-        get_backend("portable").forward(q, k, k, layout, 0.125)
+        get_backend("portable").forward(q, k, k, layout, Scoring(0.125))
     assert largest.numel <= k.numel()
 
 
@@ -113,8 +113,8 @@ def test_both_tiles_agree(hidden: int, dtype: torch.dtype) -> None:
         keys = Keys(k, v, mask, torch.tensor([1, 0, 1]))
     results = []
     for tile in (LoopTile(), StackTile()):
-        out, lse = tile.attend(q, keys, 0.3)
-        results.append((out, lse, *tile.attend_backward(dout, lse.sin(), q, keys, out, lse, 0.3)))
+        out, lse = tile.attend(q, keys, Scoring(0.3))
+        results.append((out, lse, *tile.attend_backward(dout, lse.sin(), q, keys, out, lse, Scoring(0.3))))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5 if dtype == torch.float32 else 1e-13)
 
@@ -172,7 +172,7 @@ def test_low_precision_is_rounded_once() -> None:
     """float32 inside: the result is the float32 result of the same inputs, rounded."""
     p = random_problem(4, 2, 2, 130, 130, 32, causal=True).to(torch.bfloat16)
     out, lse = get_backend("portable").forward(*p.arguments)
-    wide, wide_lse = get_backend("portable").forward(p.q.float(), p.k.float(), p.v.float(), p.layout, p.scale)
+    wide, wide_lse = get_backend("portable").forward(p.q.float(), p.k.float(), p.v.float(), p.layout, p.scoring)
     assert torch.equal(out, wide.bfloat16()) and torch.equal(lse, wide_lse)
 
 
@@ -180,8 +180,8 @@ def test_a_query_that_sees_nan_adds_nothing_to_keys() -> None:
     p = random_problem(2, 2, 2, 100, 100, 32, causal=True).to(torch.float32)
     k = p.k.clone()
     k[:, 60] = torch.nan
-    out, lse = get_backend("portable").forward(p.q, k, p.v, p.layout, p.scale)
-    dq, dk, dv = get_backend("portable").backward(p.dout, p.dlse, p.q, k, p.v, out, lse, p.layout, p.scale)
+    out, lse = get_backend("portable").forward(p.q, k, p.v, p.layout, p.scoring)
+    dq, dk, dv = get_backend("portable").backward(p.dout, p.dlse, p.q, k, p.v, out, lse, p.layout, p.scoring)
     seen = p.mask[:, :, 60].t()[None]
     assert out[seen].isnan().all() and dq[seen].isnan().all() and not out[~seen].isnan().any()
     assert dk.isfinite().all() and dv.isfinite().all()

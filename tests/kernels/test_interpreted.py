@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from s2attn import Dense, Layout, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
+from s2attn.backends import Scoring
 from s2attn.testing import assert_close, dense_mask, eager, oracle
 
 # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.
@@ -29,10 +30,10 @@ def tensors(n, m, heads, kv_heads, dim, dim_v, dtype, batch=2):
 
 
 def compare(backend, q, k, v, layout: Layout, mask, scale):
-    out, lse = backend.forward(q, k, v, layout, scale)
+    out, lse = backend.forward(q, k, v, layout, Scoring(scale))
     dout, seen = torch.randn_like(out), mask.any(dim=-1).expand(lse.shape)
     dlse = torch.where(seen, torch.randn_like(lse), torch.zeros_like(lse))
-    got = [out, lse, *backend.backward(dout, dlse, q, k, v, out, lse, layout, scale)]
+    got = [out, lse, *backend.backward(dout, dlse, q, k, v, out, lse, layout, Scoring(scale))]
     sets = []
     for function in (eager, oracle):
         x = [t.detach().clone().requires_grad_() for t in (q, k, v)]
@@ -75,15 +76,15 @@ def test_head_widths(dim, triton_backend, poisoned_empty):
 def test_any_strides_and_the_same_bits(triton_backend):
     q, k, v = tensors(80, 80, 2, 1, 16, 16, torch.float32)
     layout = build_layout(Window(30), 2, 1, 80)
-    out, lse = triton_backend.forward(q, k, v, layout, 0.25)
+    out, lse = triton_backend.forward(q, k, v, layout, Scoring(0.25))
     turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     wide = [torch.stack([t, t * 9], dim=-1).flatten(-2)[..., ::2] for t in (q, k, v)]
     for other in ((q, k, v), turned, wide):
-        again = triton_backend.forward(*other, layout, 0.25)
+        again = triton_backend.forward(*other, layout, Scoring(0.25))
         assert torch.equal(again[0], out) and torch.equal(again[1], lse)
     dout = torch.randn_like(out)
-    once = triton_backend.backward(dout, None, q, k, v, out, lse, layout, 0.25)
-    twice = triton_backend.backward(dout.transpose(1, 2).contiguous().transpose(1, 2), None, *turned, out, lse, layout, 0.25)
+    once = triton_backend.backward(dout, None, q, k, v, out, lse, layout, Scoring(0.25))
+    twice = triton_backend.backward(dout.transpose(1, 2).contiguous().transpose(1, 2), None, *turned, out, lse, layout, Scoring(0.25))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 

@@ -27,16 +27,16 @@ def test_opcheck():
     cu = torch.tensor([0, 20, 70], dtype=torch.int32)
     flat = [t[:1].detach().requires_grad_() for t in (q, k, v)]
     calls = [
-        (q, k, v, [], pattern_text(PATTERN, None, True, 0, None), 0.3, "auto"),
-        (q, k, v, layout.tensors(), layout_text(layout), 0.3, "portable"),
-        (*flat, [cu, cu], pattern_text(PATTERN, 32, False, 1, None), 0.3, "auto"),
+        (q, k, v, None, [], pattern_text(PATTERN, None, True, 0, None), 0.3, 0.0, "auto"),
+        (q, k, v, None, layout.tensors(), layout_text(layout), 0.3, 0.0, "portable"),
+        (*flat, None, [cu, cu], pattern_text(PATTERN, 32, False, 1, None), 0.3, 0.0, "auto"),
     ]
     for call in calls:
         torch.library.opcheck(torch.ops.s2attn.attention, call)
         out, lse = torch.ops.s2attn.attention(*call)
-        plain = [t.detach() for t in (out, lse, *call[:3], out, lse)]
+        dout, dlse, q, k, v, out, lse = (t.detach() for t in (out, lse, *call[:3], out, lse))
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(torch.ops.s2attn.attention_backward, (*plain, *call[3:]), test_utils=checks)
+        torch.library.opcheck(torch.ops.s2attn.attention_backward, (dout, dlse, q, k, v, call[3], out, lse, *call[4:]), test_utils=checks)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

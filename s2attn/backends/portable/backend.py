@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend
+from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import exact_arithmetic, plain_objections
 from s2attn.backends.portable.run import Work, run_backward, run_forward
 from s2attn.backends.portable.tile import Tile
@@ -25,18 +25,18 @@ class Portable(Backend):
         """``tile`` computes stacks of gathered keys; by default whatever is quickest for their shape, dtype and device."""
         self._tile = tile
 
-    def _work(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Work:
-        return Work.of(q, k, v, layout, scale, self._tile)
+    def _work(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Work:
+        return Work.of(q, k, v, layout, scoring, self._tile)
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         return plain_objections(q, k, v)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         with exact_arithmetic(q.device):
-            return run_forward(self._work(q, k, v, layout, scale))
+            return run_forward(self._work(q, k, v, layout, scoring))
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         with exact_arithmetic(q.device):
-            return run_backward(self._work(q, k, v, layout, scale), dout, dlse, out, lse)
+            return run_backward(self._work(q, k, v, layout, scoring), dout, dlse, out, lse)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2attn.backends.base import Scoring
 from s2attn.backends.checks import lse_dtype
 from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
@@ -26,18 +27,18 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One problem: tensors, plan, scale, and how to compute a stack (None: the quickest way)."""
+    """One problem: tensors, plan, scoring, and how to compute a stack (None: the quickest way)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     plan: Plan
-    scale: float
+    scoring: Scoring
     tile: Tile | None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, tile: Tile | None) -> Work:
-        return cls(q, k, v, cached_plan(layout, q.shape[0], q.shape[2], k.shape[2]), scale, tile)
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, tile: Tile | None) -> Work:
+        return cls(q, k, v, cached_plan(layout, q.shape[0], q.shape[2], k.shape[2]), scoring, tile)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +86,7 @@ def _chunk_ends(work: Work) -> list[int]:
     """First item of each chunk, and the number of all items."""
     runs, width = work.plan.runs, work.k.shape[3] + work.v.shape[3]
     # numbers per key: itself, its column of scores, and (for hidden ones) its column of a mask of bools and floats
-    held = [run.blocks * (width + work.tile_for(run).scores_held * run.rows) + 2 * run.hidden * run.rows for run in runs]
+    held = [run.blocks * (width + work.tile_for(run).scores_held(work.scoring) * run.rows) + 2 * run.hidden * run.rows for run in runs]
     used = np.cumsum(np.repeat(held, [run.high - run.low for run in runs])) * work.plan.block * work.dtype.itemsize
     budget, ends = CHUNK_BYTES if work.q.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE, [0]
     while ends[-1] < len(used):
@@ -190,19 +191,27 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
     """``(B, T, H, Dv)`` and ``(B, T, H)`` in the computing dtype."""
     shape, width = work.q.shape[:3], work.v.shape[3]
     out = _row_table(work, width)
-    lse = work.q.new_full((shape.numel(),), -torch.inf, dtype=work.dtype)
+    sinks = None if work.scoring.sinks is None else work.scoring.sinks.to(work.dtype)
+    if sinks is None:
+        lse = work.q.new_full((shape.numel(),), -torch.inf, dtype=work.dtype)
+    else:
+        lse = sinks.repeat(shape[:2].numel())
     walker = Walker(work, masks_by_key=False)
 
     def attend(chunk: Chunk) -> None:
         q, place = walker.queries(chunk)
         k, v = walker.keys(chunk)
         new, new_lse = q.new_empty(len(q), width), q.new_empty(len(q))
+        my_sinks = None if sinks is None else sinks[place % shape[2]]
         for stack in chunk.stacks:
             rows, run, keys = stack.rows, stack.run, walker.stack(stack, k, v)
-            part, part_lse = work.tile_for(run).attend(q[rows].view(-1, run.rows, q.shape[-1]), keys, work.scale)
+            if my_sinks is not None:
+                keys = replace(keys, sinks=my_sinks[rows].view(-1, run.rows))
+            part, part_lse = work.tile_for(run).attend(q[rows].view(-1, run.rows, q.shape[-1]), keys, work.scoring)
             masks = keys.masks() if run.hidden == run.blocks else None
             if masks is not None:  # some rows may see nothing
-                part_lse = part_lse.masked_fill((masks == -torch.inf).all(-1), -torch.inf)
+                blind = (masks == -torch.inf).all(-1)
+                part_lse = part_lse.masked_fill(blind, -torch.inf) if keys.sinks is None else torch.where(blind, keys.sinks, part_lse)
             new[rows], new_lse[rows] = part.reshape(-1, width), part_lse.reshape(-1)
         out.index_copy_(0, place, new)
         lse.index_copy_(0, place, new_lse)
@@ -259,7 +268,7 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
             stack_q, stack_out, stack_dout = (x[rows].view(-1, run.rows, x.shape[-1]) for x in (q, my_out, my_dout))
             stack_dlse = None if my_dlse is None else my_dlse[rows].view(-1, run.rows)
             keys, stack_lse = walker.stack(stack, k, v), my_lse[rows].view(-1, run.rows)
-            grads = work.tile_for(run).attend_backward(stack_dout, stack_dlse, stack_q, keys, stack_out, stack_lse, work.scale)
+            grads = work.tile_for(run).attend_backward(stack_dout, stack_dlse, stack_q, keys, stack_out, stack_lse, work.scoring)
             new[rows] = grads[0].reshape(-1, width)
             found.append((where[stack.entries], grads[1], grads[2]))
         dq.index_copy_(0, place, new)
@@ -295,4 +304,4 @@ def _without(work: Work, broken: Tensor) -> Work:
 def _sees(work: Work, broken: Tensor) -> Tensor:
     """``(B, T, H)``: queries that see a broken key. Attention with equal weights to an indicator is positive exactly there."""
     q, k = work.q.new_zeros(*work.q.shape[:3], 1), work.k.new_zeros(*work.k.shape[:3], 1)
-    return _forward(replace(work, q=q, k=k, v=broken[..., None].to(work.v.dtype)))[0][..., 0] > 0
+    return _forward(replace(work, q=q, k=k, v=broken[..., None].to(work.v.dtype), scoring=Scoring(1.0)))[0][..., 0] > 0

@@ -4,8 +4,8 @@
 CPUs is twice as fast as the products inside torch's own attention. With both, the bits of an item do not depend on its neighbours.
 
 Shapes: N items of M query rows and C keys; q ``(N, M, D)``, out ``(N, M, Dv)``, lse ``(N, M)``. A row whose mask hides every key gets out
-0 and an lse that means nothing: the caller knows these rows. The backward takes the out and lse of the whole row; +inf as lse switches
-a row off.
+0 and an lse that means nothing: the caller knows these rows. Sinks come with the keys, row by row; a scoring here is scale and soft-cap.
+The backward takes the out and lse of the whole row; +inf as lse switches a row off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from s2attn.backends.base import Scoring
 
 LOG2_E = 1 / math.log(2)
 _LOWEST = -1e30
@@ -35,12 +37,14 @@ class Keys:
         v: ``(N, C, Dv)``.
         mask: None, or ``(kinds, M, hidden)`` of 0 and -inf, to be added to the scores of the last ``hidden`` keys.
         kind: ``(N,)`` int64, which mask an item uses.
+        sinks: None, or ``(N, M)`` logits that join the denominators of the forward; the backward finds them in its lse.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
     kind: Tensor | None = None
+    sinks: Tensor | None = None
 
     def masks(self) -> Tensor | None:
         """One mask for all items, or one for each."""
@@ -53,18 +57,24 @@ class Keys:
         masks = self.mask.unbind()
         return [masks[kind] for kind in self.kind.tolist()]
 
+    def sinks_log2(self) -> Tensor | None:
+        """The sinks ``(N, M, 1)`` in base 2."""
+        return None if self.sinks is None else self.sinks[..., None] * LOG2_E
+
 
 class Tile(Protocol):
-    """One way to compute stacks; ``scores_held`` numbers per (query, key) pair of a stack are in memory at once."""
+    """One way to compute stacks."""
 
-    scores_held: int
+    def scores_held(self, scoring: Scoring) -> int:
+        """How many numbers per (query, key) pair of a stack are in memory at once."""
+        ...
 
-    def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """``(out, lse)``."""
         ...
 
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)``."""
         ...
@@ -84,72 +94,113 @@ def has_onednn() -> bool:
 class StackTile:
     """Batched products and a softmax in base 2."""
 
-    scores_held = 3
+    def scores_held(self, scoring: Scoring) -> int:
+        return 3 if scoring.softcap is None else 4
 
-    def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, keys, scale)
+    def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        scores, sinks = torch.bmm(q * _factor(scoring), keys.k.transpose(1, 2)), keys.sinks_log2()
+        if scoring.softcap is not None:
+            _each(scores, Tensor.tanh_).mul_(scoring.softcap * LOG2_E)
+        _hide(scores, keys)
         top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+        if sinks is not None:
+            torch.maximum(top, sinks, out=top)
         p = _each(scores.sub_(top), Tensor.exp2_)
-        return normalize(torch.bmm(p, keys.v), top, p.sum(-1, keepdim=True))
+        return normalize(torch.bmm(p, keys.v), top, p.sum(-1, keepdim=True), sinks)
 
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = self._scores(q, keys, scale)
+        scores, bent = torch.bmm(q * _factor(scoring), keys.k.transpose(1, 2)), None
+        if scoring.softcap is not None:
+            bent = _each(scores, Tensor.tanh_)
+            scores = bent * (scoring.softcap * LOG2_E)
+        _hide(scores, keys)
         p = scores.sub_(lse[..., None] * LOG2_E)
         _each(p, Tensor.exp2_)
         ds = torch.bmm(dout, keys.v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
-        dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
-        return torch.bmm(ds, keys.k).mul_(scale), dk, torch.bmm(p.transpose(1, 2), dout)
-
-    def _scores(self, q: Tensor, keys: Keys, scale: float) -> Tensor:
-        scores, masks = torch.bmm(q * (scale * LOG2_E), keys.k.transpose(1, 2)), keys.masks()
-        if masks is not None:
-            scores[..., -masks.shape[-1] :] += masks
-        return scores
+        if bent is not None:
+            ds.mul_(_slope(bent))
+        dk = torch.bmm(ds.transpose(1, 2), q).mul_(scoring.scale)
+        return torch.bmm(ds, keys.k).mul_(scoring.scale), dk, torch.bmm(p.transpose(1, 2), dout)
 
 
 class LoopTile:
     """One item at a time, float32 products by oneDNN; the backward works on transposed scores, so that row numbers become its bias."""
 
-    scores_held = 0
+    def scores_held(self, scoring: Scoring) -> int:
+        return 0
 
-    def attend(self, q: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
         out = q.new_empty(*q.shape[:2], keys.v.shape[-1])
         top, total = q.new_empty(2, *q.shape[:2], 1)
-        items = zip((q * (scale * LOG2_E)).unbind(), keys.k.unbind(), keys.v.mT.unbind(), out, top, total, keys.each_mask(), strict=True)
-        for my_q, k, v_t, my_out, my_top, my_total, mask in items:
+        sinks = keys.sinks_log2()
+        floors = [None] * len(q) if sinks is None else sinks.unbind()
+        rows = ((q * _factor(scoring)).unbind(), keys.k.unbind(), keys.v.mT.unbind(), out, top, total)
+        for my_q, k, v_t, my_out, my_top, my_total, floor, mask in zip(*rows, floors, keys.each_mask(), strict=True):
             scores = _product(my_q, k)
+            if scoring.softcap is not None:
+                scores.tanh_().mul_(scoring.softcap * LOG2_E)
             if mask is not None:
                 scores[:, -mask.shape[1] :] += mask
             torch.amax(scores, -1, keepdim=True, out=my_top)
-            p = scores.sub_(my_top.clamp_(min=_LOWEST)).exp2_()
+            my_top.clamp_(min=_LOWEST)
+            if floor is not None:
+                torch.maximum(my_top, floor, out=my_top)
+            p = scores.sub_(my_top).exp2_()
             torch.sum(p, -1, keepdim=True, out=my_total)
             my_out.copy_(_product(p, v_t))
-        return normalize(out, top, total)
+        return normalize(out, top, total, sinks)
 
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty_like(x) for x in (q, keys.k, keys.v))
-        scaled, by_column = q * scale, (keys.k * scale).mT.contiguous()
-        rows = (scaled * LOG2_E, lse * -LOG2_E, scaled.mT, dout, _delta(dout, out, dlse).neg_(), dout.mT, dq.mT)
+        scaled, by_column, softcap = q * scoring.scale, (keys.k * scoring.scale).mT.contiguous(), scoring.softcap
+        factored = scaled * (LOG2_E if softcap is None else 1 / softcap)
+        rows = (factored, lse * -LOG2_E, scaled.mT, dout, _delta(dout, out, dlse).neg_(), dout.mT, dq.mT)
         for my_q, shift, q_t, my_dout, delta, dout_t, dq_t, k, v, k_t, my_dk, my_dv, mask in zip(
             *(x.unbind() for x in (*rows, keys.k, keys.v, by_column, dk, dv)), keys.each_mask(), strict=True
         ):
-            p = _product(k, my_q, shift)  # (C, M)
+            bent = None
+            if softcap is None:
+                p = _product(k, my_q, shift)  # (C, M)
+            else:
+                bent = _product(k, my_q).tanh_()
+                p = (bent * (softcap * LOG2_E)).add_(shift)
             if mask is not None:
                 p[-mask.shape[1] :] += mask.t()
             p.exp2_()
             ds = _product(v, my_dout, delta).mul_(p)
+            if bent is not None:
+                ds.mul_(_slope(bent))
             my_dv.copy_(_product(p, dout_t))
             my_dk.copy_(_product(ds, q_t))
             dq_t.copy_(_product(k_t, ds.t()))
         return dq, dk, dv
 
 
-def normalize(out: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` from weighted values, the largest log2 score of each row and the sum of its weights, both ``(N, M, 1)``."""
+def _factor(scoring: Scoring) -> float:
+    """What turns q.k into logits in base 2, or, where there is a soft-cap, into what its tanh takes."""
+    return scoring.scale * LOG2_E if scoring.softcap is None else scoring.scale / scoring.softcap
+
+
+def _slope(bent: Tensor) -> Tensor:
+    """The derivative of a soft-cap, in place of its tanh."""
+    return bent.square_().neg_().add_(1)
+
+
+def _hide(scores: Tensor, keys: Keys) -> None:
+    """Add the masks to scores in place."""
+    masks = keys.masks()
+    if masks is not None:
+        scores[..., -masks.shape[-1] :] += masks
+
+
+def normalize(out: Tensor, top: Tensor, total: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` from weighted values, the largest log2 score of each row, the sum of its weights, and its sink, all ``(N, M, 1)``."""
+    if sinks is not None:
+        total.add_(_each(sinks - top, Tensor.exp2_))
     total.clamp_(min=-1 / _LOWEST)
     out.div_(total)
     return out, _each(total, Tensor.log2_).add_(top).mul_(math.log(2))[..., 0]

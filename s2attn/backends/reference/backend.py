@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend
+from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import exact_arithmetic, lse_dtype, plain_objections
 from s2attn.layout import Layout
 
@@ -22,33 +22,35 @@ class Reference(Backend):
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         return plain_objections(q, k, v)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         with exact_arithmetic(q.device):
             mask = _mask(layout, q.shape[2])
-            scores = _scores(q, k, mask, scale)
-            lse = torch.logsumexp(scores, -1)
-            out = _weigh(_weights(scores, lse), v, mask)
+            logits = _logits(q, k, mask, scoring)
+            lse = _lse(logits, scoring)
+            out = _weigh(_weights(logits, lse), v, mask)
         return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         with exact_arithmetic(q.device):
-            return _gradients(dout, dlse, q, k, v, layout, scale)
+            return _gradients(dout, dlse, q, k, v, layout, scoring)
 
 
 def _gradients(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _mask(layout, q.shape[2])
-    scores = _scores(q, k, mask, scale)
-    p = _weights(scores, torch.logsumexp(scores, -1))
+    logits = _logits(q, k, mask, scoring)
+    p = _weights(logits, _lse(logits, scoring))
     heads_do, values = _by_head(dout), _grouped(v, q.shape[2])
     dp = (heads_do @ values.transpose(-1, -2)).masked_fill(~mask, 0.0)
     delta = (p * dp).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse.double()[..., None]
-    ds = p * (dp - delta) * scale
+    ds = p * (dp - delta) * scoring.scale
+    if scoring.softcap is not None:
+        ds = ds * (1 - (logits / scoring.softcap) ** 2).masked_fill(~mask, 0.0)
     dq = ds @ _grouped(k, q.shape[2]).nan_to_num(0.0, 0.0, 0.0)
     dk = _ungrouped(ds.transpose(-1, -2) @ _by_head(q), k.shape[2])
     dv = _ungrouped(p.transpose(-1, -2) @ heads_do, v.shape[2])
@@ -74,14 +76,22 @@ def _ungrouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2).transpose(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    scores = _by_head(q) @ _grouped(k, q.shape[2]).transpose(-1, -2) * scale
-    return scores.masked_fill(~mask, -torch.inf)
+def _logits(q: Tensor, k: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+    """Logits ``(B, H, T, S)``, -inf where masked."""
+    x = _by_head(q) @ _grouped(k, q.shape[2]).transpose(-1, -2) * scoring.scale
+    if scoring.softcap is not None:
+        x = scoring.softcap * torch.tanh(x / scoring.softcap)
+    return x.masked_fill(~mask, -torch.inf)
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """Softmax; all zeros in a row that sees nothing."""
-    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+def _lse(logits: Tensor, scoring: Scoring) -> Tensor:
+    lse = torch.logsumexp(logits, -1)
+    return lse if scoring.sinks is None else torch.logaddexp(lse, scoring.sinks.double()[:, None])
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """Shares in the denominator; all zeros in a row that sees nothing."""
+    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
 
 
 def _weigh(p: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend
+from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import plain_objections
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
+from s2attn.core import Unsupported
 from s2attn.layout import Layout
 
 WIDEST = 256
@@ -47,25 +48,27 @@ class Triton(Backend):
             why += _width_objections(q, v) if not why else []
         return why
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         from s2attn.backends.triton import launch, walk
 
+        _refuse(scoring)
         tiles = _tiles("forward", q, v, layout.block)
         rows = self._walk(layout, ("rows", tiles.factor(layout.block)), lambda f: walk.walk_rows(layout, f))
-        return launch.forward(q, k, v, rows, tiles, layout.block, scale)
+        return launch.forward(q, k, v, rows, tiles, layout.block, scoring.scale)
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         from s2attn.backends.triton import launch, walk
 
+        _refuse(scoring)
         heads, block = (q.shape[2], k.shape[2]), layout.block
         for_dq, for_dkv = _tiles("dq", q, v, block), _tiles("dkv", q, v, block)
         rows = self._walk(layout, ("rows", for_dq.factor(block)), lambda f: walk.walk_rows(layout, f))
         columns = self._walk(layout, ("columns", for_dkv.factor(block), *heads), lambda f: walk.walk_columns(layout, f, *heads))
         delta = launch.delta(out, dout, lse, dlse)
-        dq = launch.dq(q, k, v, dout, lse, delta, rows, for_dq, block, scale)
-        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, for_dkv, block, scale)
+        dq = launch.dq(q, k, v, dout, lse, delta, rows, for_dq, block, scoring.scale)
+        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, for_dkv, block, scoring.scale)
         return dq, dk, dv
 
     def _walk(self, layout: Layout, key: tuple, make):
@@ -74,6 +77,12 @@ class Triton(Backend):
         if key not in known:
             known[key] = make(key[1])
         return known[key]
+
+
+def _refuse(scoring: Scoring) -> None:
+    why = [f"the kernels have no {name}" for name in ("softcap", "sinks") if getattr(scoring, name) is not None]
+    if why:
+        raise Unsupported("attention cannot run with backend='triton'", {"triton": why})
 
 
 def _interpreting() -> bool:
