@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +16,13 @@ from s2attn.testing import dense_mask
 from s2attn.testing.problems import Problem, check_backend, make_problem, random_mask, random_problem, run
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SCORINGS = {
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": torch.tensor([0.7, -2.0, 0.0, 5.0])},
+    "both": {"softcap": 0.8, "sinks": torch.tensor([-1.0, 3.0, 0.5, -torch.inf])},
+}
+"""Ways to score for four heads: the caps bend many of the logits of normal numbers."""
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 slow_fixture = [HealthCheck.function_scoped_fixture]
 
 
@@ -60,10 +69,67 @@ def test_blocks(backend: Backend, block: int) -> None:
     causal=st.booleans(),
     batch=st.integers(1, 3),
     dlse=st.booleans(),
+    softcap=st.sampled_from([None, 0.5, 2.0, 30.0]),
+    with_sinks=st.booleans(),
 )
-def test_random_layouts(backend, seed, heads, lengths, block, causal, batch, dlse) -> None:
+def test_random_layouts(backend, seed, heads, lengths, block, causal, batch, dlse, softcap, with_sinks) -> None:
     torch.manual_seed(seed)
-    check_backend(backend, random_problem(*heads, *lengths, block, causal=causal, width=16, batch=batch, dlse=dlse))
+    scoring = {"softcap": softcap, "sinks": 3 * torch.randn(heads[0]) if with_sinks else None}
+    check_backend(backend, random_problem(*heads, *lengths, block, causal=causal, width=16, batch=batch, dlse=dlse, **scoring))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("lengths", [(150, 90), (5, 130)], ids=str)
+def test_softcap_and_sinks(backend: Backend, scoring: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+    """With grouped heads, and, where there are more queries than keys, rows that see nothing."""
+    p = random_problem(4, 2, 2, *lengths, 32, causal=True, batch=2, **SCORINGS[scoring])
+    assert lengths[0] < lengths[1] or not p.mask.any(-1).all()
+    check_backend(backend, p, dtype)
+
+
+def test_a_row_that_sees_nothing_has_the_lse_of_its_sink(backend: Backend) -> None:
+    p = random_problem(4, 2, 4, 100, 40, 32, causal=True, batch=2, **SCORINGS["both"]).to(torch.float32)
+    got, empty = run(backend, p), ~p.mask.any(-1)
+    lse = p.sinks[:, None].expand(4, 100)
+    assert all(torch.all(got.out[i].transpose(0, 1)[empty] == 0) and torch.equal(got.lse[i][empty], lse[empty]) for i in range(2))
+    assert torch.all(got.dq.transpose(1, 2)[:, empty] == 0)
+
+
+def test_sinks_of_minus_infinity_change_nothing(backend: Backend) -> None:
+    p = random_problem(4, 2, 2, 100, 70, 32, causal=True).to(torch.float32)
+    without, got = run(backend, p), run(backend, replace(p, sinks=torch.full((4,), -torch.inf)))
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        assert torch.equal(getattr(got, name), getattr(without, name)), name
+    assert not got.dsinks.any()
+
+
+@pytest.mark.parametrize("sink", [1e4, -1e4])
+def test_sinks_far_from_the_logits(backend: Backend, sink: float) -> None:
+    """A sink that outweighs everything leaves out 0 and its own value as lse; one that weighs nothing changes nothing."""
+    p = random_problem(4, 2, 2, 100, 70, 32).to(torch.float32)
+    without, got = run(backend, p), run(backend, replace(p, sinks=torch.full((4,), sink)))
+    assert all(getattr(got, name).isfinite().all() for name in NAMES)
+    if sink > 0:
+        assert not (got.out.any() or got.dq.any() or got.dk.any() or got.dv.any()) and torch.all(got.lse == sink)
+    else:
+        seen = p.mask.any(-1)[None]
+        torch.testing.assert_close(got.out, without.out)
+        torch.testing.assert_close(got.lse[seen], without.lse[seen])
+
+
+def test_a_cap_far_above_the_logits_changes_nothing(backend: Backend) -> None:
+    p = random_problem(4, 2, 2, 100, 70, 32).to(torch.float64)
+    plain, got = run(backend, p), run(backend, replace(p, softcap=1e6))
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(got, name), getattr(plain, name), atol=1e-9, rtol=1e-9)
+
+
+def test_large_products_stay_under_the_cap(backend: Backend) -> None:
+    p = random_problem(2, 2, 2, 100, 100, 32, width=64, softcap=20.0).to(torch.float32)
+    got = run(backend, replace(p, q=p.q * 1e4, k=p.k * 1e4))
+    assert all(getattr(got, name).isfinite().all() for name in ("out", "dq", "dk", "dv"))
+    assert got.lse.max() <= 20 + torch.tensor(100.0).log()
 
 
 def packed_problem(lengths_q: list[int], lengths_k: list[int], heads: int, kv_heads: int) -> Problem:
@@ -134,11 +200,15 @@ def test_expanded_inputs(backend: Backend) -> None:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("heads", [(4, 2), (1, 1), (8, 1)], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 5, 200])
-def test_same_bits_every_time_and_whatever_else_is_in_the_batch(backend: Backend, heads: tuple[int, int], seqlen_q: int) -> None:
+@pytest.mark.parametrize("bent", [False, True], ids=["plain", "softcap and sinks"])
+def test_same_bits_every_time_and_whatever_else_is_in_the_batch(
+    backend: Backend, heads: tuple[int, int], seqlen_q: int, bent: bool
+) -> None:
+    scoring = {"softcap": 2.0, "sinks": torch.randn(heads[0])} if bent else {}
     for dtype in (torch.float32, torch.float64):
-        p = random_problem(*heads, 1, seqlen_q, 200, 32, batch=5, width=64).to(dtype)
+        p = random_problem(*heads, 1, seqlen_q, 200, 32, batch=5, width=64, **scoring).to(dtype)
         first, second = run(backend, p), run(backend, p)
-        alone = run(backend, Problem(*(x[3:4] for x in (p.q, p.k, p.v, p.dout, p.dlse)), p.layout, p.mask))
+        alone = run(backend, replace(p, **{name: getattr(p, name)[3:4] for name in ("q", "k", "v", "dout", "dlse")}))
         for name in ("out", "lse", "dq", "dk", "dv"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
             assert torch.equal(getattr(first, name)[3:4], getattr(alone, name)), name
@@ -156,16 +226,17 @@ def test_packing_does_not_change_bits(backend: Backend) -> None:
     assert torch.equal(got.lse[..., part], expected.lse)
 
 
+@pytest.mark.parametrize("scoring", ["plain", "both"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_masked_keys_never_leak(backend: Backend, value: float) -> None:
+def test_masked_keys_never_leak(backend: Backend, value: float, scoring: str) -> None:
     """Bad numbers in keys that a query does not see change nothing for it: not in other blocks, not inside its own partial blocks."""
-    p = random_problem(4, 2, 2, 150, 150, 32, causal=True, width=16).to(torch.float32)
+    p = random_problem(4, 2, 2, 150, 150, 32, causal=True, width=16, **SCORINGS.get(scoring, {})).to(torch.float32)
     clean = run(backend, p)
     for broken in ([140], [70, 71], [3, 40, 149]):
         k, v = p.k.clone(), p.v.clone()
         k[:, broken[:1], :, 3], v[:, broken] = value, value
         seen = p.mask[:, :, broken].any(-1).t()[None]
-        dirty = Problem(p.q, k, v, p.dout, p.dlse, p.layout, p.mask)
+        dirty = replace(p, k=k, v=v)
         out, lse = backend.forward(*dirty.arguments)
         assert torch.allclose(out[~seen], clean.out[~seen], atol=1e-5)
         assert torch.allclose(lse.transpose(1, 2)[~seen], clean.lse.transpose(1, 2)[~seen], atol=1e-5)
@@ -204,9 +275,12 @@ class Attend(torch.autograd.Function):
         return *backend.backward(dout, dlse, *ctx.saved_tensors, layout, scoring), None, None, None
 
 
-def test_gradients_are_derivatives(backend: Backend) -> None:
+@pytest.mark.parametrize("scoring", ["plain", *SCORINGS])
+def test_gradients_are_derivatives(backend: Backend, scoring: str) -> None:
+    """Those of q, k and v; that of the sinks is the op's, and tested there."""
     mask = random_mask(2, 20, 24, 16) | torch.eye(20, 24, dtype=torch.bool)
-    p = make_problem(Layout.from_dense(mask, block=16), mask, heads=4, kv_heads=2, width=3, v_width=2)
+    layout = Layout.from_dense(mask, block=16)
+    p = make_problem(layout, mask, heads=4, kv_heads=2, width=3, v_width=2, **SCORINGS.get(scoring, {}))
     inputs = [x.requires_grad_() for x in (p.q, p.k, p.v)]
     assert torch.autograd.gradcheck(lambda q, k, v: Attend.apply(q, k, v, backend, p.layout, p.scoring), inputs, fast_mode=True)
 

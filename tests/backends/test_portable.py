@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,14 +43,15 @@ class LargestResult(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tile", [None, StackTile()], ids=["default", "stack"])
-def test_memory_is_linear_in_the_length(tile) -> None:
+@pytest.mark.parametrize("scoring", [Scoring(0.25), Scoring(0.25, 5.0, torch.zeros(8))], ids=["plain", "softcap and sinks"])
+def test_memory_is_linear_in_the_length(tile, scoring) -> None:
     """At 16k tokens and 8 heads nothing is larger than a small multiple of q, let alone S x S, which is 256 times q per head."""
     length, heads, width = 16384, 8, 16
     backend, layout = Portable(tile), build_layout(Window(200) | Stride(64), heads, seqlen_q=length)
     q, k, v = (torch.randn(1, length, heads, width) for _ in range(3))
     with LargestResult() as largest:
-        out, lse = backend.forward(q, k, v, layout, Scoring(0.25))
-        backend.backward(out, None, q, k, v, out, lse, layout, Scoring(0.25))
+        out, lse = backend.forward(q, k, v, layout, scoring)
+        backend.backward(out, None, q, k, v, out, lse, layout, scoring)
     assert largest.numel <= 4 * q.numel() < length * length / 25
 
 
@@ -89,8 +91,9 @@ def test_groups_hold_at_most_most_rows() -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100_000, 1 << 30])
-def test_results_do_not_depend_on_how_items_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    p = random_problem(4, 2, 4, 150, 150, 16, causal=True, batch=2).to(torch.float32)
+@pytest.mark.parametrize("scoring", [{}, {"softcap": 1.5, "sinks": torch.arange(4.0)}], ids=["plain", "softcap and sinks"])
+def test_results_do_not_depend_on_how_items_are_cut_into_chunks(monkeypatch, chunk_bytes: int, scoring: dict) -> None:
+    p = random_problem(4, 2, 4, 150, 150, 16, causal=True, batch=2, **scoring).to(torch.float32)
     expected = run(get_backend("portable"), p)
     monkeypatch.setattr(walk, "CHUNK_BYTES", chunk_bytes)
     got = run(get_backend("portable"), p)
@@ -105,16 +108,19 @@ def test_masks_by_table_or_by_item(monkeypatch: pytest.MonkeyPatch, most: int) -
 
 @pytest.mark.parametrize("hidden", [0, 40, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_tiles_agree(hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bent", [False, True], ids=["plain", "softcap and sinks"])
+def test_both_tiles_agree(hidden: int, dtype: torch.dtype, bent: bool) -> None:
     q, dout, k, v = (torch.randn(3, *shape, dtype=dtype) for shape in ((50, 24), (50, 8), (96, 24), (96, 8)))
     keys = Keys(k, v)
     if hidden:
         mask = torch.zeros(2, 50, hidden, dtype=dtype).masked_fill_(torch.rand(2, 50, hidden) < 0.5, -torch.inf)
         keys = Keys(k, v, mask, torch.tensor([1, 0, 1]))
-    results = []
+    if bent:
+        keys = replace(keys, sinks=torch.randn(3, 50, dtype=dtype))
+    results, scoring = [], Scoring(0.3, 1.2 if bent else None)
     for tile in (LoopTile(), StackTile()):
-        out, lse = tile.attend(q, keys, Scoring(0.3))
-        results.append((out, lse, *tile.attend_backward(dout, lse.sin(), q, keys, out, lse, Scoring(0.3))))
+        out, lse = tile.attend(q, keys, scoring)
+        results.append((out, lse, *tile.attend_backward(dout, lse.sin(), q, keys, out, lse, scoring)))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5 if dtype == torch.float32 else 1e-13)
 
@@ -166,6 +172,16 @@ def test_forward_and_backward_of_the_op_share_a_plan(monkeypatch: pytest.MonkeyP
         for _ in range(2):
             s2attn.attention(q, k, v, source, backend="portable").sum().backward()
     assert len(made) == 2
+
+
+def test_a_large_sink_does_not_hide_nan() -> None:
+    """Which queries see a broken key is found by attention of its own, which no sink may outweigh."""
+    p = random_problem(2, 2, 2, 100, 100, 32, causal=True, sinks=torch.tensor([300.0, 0.0])).to(torch.float32)
+    k = p.k.clone()
+    k[:, 60] = torch.nan
+    out, _ = get_backend("portable").forward(p.q, k, p.v, p.layout, p.scoring)
+    seen = p.mask[:, :, 60].t()[None]
+    assert out[seen].isnan().all() and out[~seen].isfinite().all()
 
 
 def test_low_precision_is_rounded_once() -> None:
