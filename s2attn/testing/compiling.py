@@ -14,10 +14,11 @@ from typing import Any
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
 
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel", "delta": "delta_kernel"}
-_POINTERS = {"order": "i32", "line_start": "i32", "line_length": "i32", "ptr": "i64", "full": "i32", "sub_at": "i64", "idx": "i32"}
+_POINTERS = {"pieces": "i32", "splits": "i32", "line_start": "i32", "line_length": "i32", "ptr": "i64", "full": "i32", "sub_at": "i64", "idx": "i32"}
 _POINTERS |= {"sub": "i32", "tiles": "u8", "key_start": "i32", "key_length": "i32", "query_start": "i32", "query_length": "i32"}
-_POINTERS |= {"lse": "fp32", "delta": "fp32", "dlse": "fp32"}
-_COUNTS = ("lines", "num_heads", "num_kv_heads", "layout_heads", "tokens")
+_POINTERS |= {name: "fp32" for name in ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")}
+_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens")
+_NUMBERS = ("scale", "factor", "cap_log2")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[
             constants.setdefault(name, 1)
         elif name.endswith("_ptr"):
             types[name] = "*" + _POINTERS.get(name.removesuffix("_ptr"), dtype)
-        elif name in ("scale", "scale_log2"):
+        elif name in _NUMBERS:
             types[name] = "fp32"
         else:
             types[name] = "i32" if name in _COUNTS else "i64"
@@ -53,8 +54,9 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[
 
 
 def compile_kernel(
-    op: str, arch: int, dtype: str, dim: int, block: int, shared_limit: int, dim_v: int | None = None, tiles: Tiles | None = None
-) -> Compiled:
+    op: str, arch: int, dtype: str, dim: int, block: int, shared_limit: int, dim_v: int | None = None, tiles: Tiles | None = None,
+    capped: bool = False, sinks: bool = False,
+) -> Compiled:  # fmt: skip
     """Compile one of the kernels for ``sm_<arch>`` with the tiles that a launch on it would choose, or with other ones.
 
     Args:
@@ -65,6 +67,7 @@ def compile_kernel(
         block: tokens per block of the layout.
         shared_limit: bytes of shared memory of the target.
         tiles: tiles to try instead of those that a launch would choose.
+        capped, sinks: with a soft-cap of the logits, with learned sink logits.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -79,14 +82,16 @@ def compile_kernel(
     if op == "delta":
         constants |= {"BLOCK_M": 64, "HAS_DLSE": True}
     else:
-        tiles = tiles or choose_tiles(op, dim, dim_v, 4 if dtype == "fp32" else 2, block, shared_limit)
+        tiles = tiles or choose_tiles(op, dim, dim_v, 4 if dtype == "fp32" else 2, block, shared_limit, capped)
         lines, listed = ("BLOCK_N", "BLOCK_M") if op == "dkv" else ("BLOCK_M", "BLOCK_N")
         constants |= {"D": dim, "BLOCK_D": next_power(dim), lines: tiles.line_tokens, listed: tiles.listed_tokens, "RB": block}
         constants |= {"F": tiles.factor(block), "SUBS": tiles.per_block(block), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+        constants |= {"CAPPED": capped} | ({"SINKS": sinks} if op == "forward" else {})
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     types, constants = signature(kernel, dtype, constants)
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind == "i64" or kind.startswith("*")}
+    divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_"))]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(types.items()) if name in divisible or kind.startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _assembled(made.asm["ptx"], arch)

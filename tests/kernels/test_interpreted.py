@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from s2attn import Dense, Layout, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
+<<<<<<< HEAD
 from s2attn.backends import Scoring
+=======
+from s2attn.backends.base import Scoring
+>>>>>>> 276dbda (Cut long lists into pieces that are joined in a fixed order; soft-cap and sinks in the kernels; start known calls directly)
 from s2attn.testing import assert_close, dense_mask, eager, oracle
 
 # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.

@@ -12,7 +12,7 @@ from torch import Tensor
 from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import plain_objections
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
-from s2attn.core import Unsupported
+from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
 from s2attn.layout import Layout
 
 WIDEST = 256
@@ -49,40 +49,49 @@ class Triton(Backend):
         return why
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        from s2attn.backends.triton import launch, walk
+        from s2attn.backends.triton import launch
 
-        _refuse(scoring)
-        tiles = _tiles("forward", q, v, layout.block)
-        rows = self._walk(layout, ("rows", tiles.factor(layout.block)), lambda f: walk.walk_rows(layout, f))
-        return launch.forward(q, k, v, rows, tiles, layout.block, scoring.scale)
+        tiles = _tiles("forward", q, v, layout.block, scoring.softcap is not None)
+        return launch.forward(q, k, v, self._rows(layout, tiles, q.shape[2]), tiles, layout.block, scoring)
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scoring: Scoring
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: Layout,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from s2attn.backends.triton import launch, walk
+        from s2attn.backends.triton import launch
 
-        _refuse(scoring)
-        heads, block = (q.shape[2], k.shape[2]), layout.block
-        for_dq, for_dkv = _tiles("dq", q, v, block), _tiles("dkv", q, v, block)
-        rows = self._walk(layout, ("rows", for_dq.factor(block)), lambda f: walk.walk_rows(layout, f))
-        columns = self._walk(layout, ("columns", for_dkv.factor(block), *heads), lambda f: walk.walk_columns(layout, f, *heads))
-        delta = launch.delta(out, dout, lse, dlse)
-        dq = launch.dq(q, k, v, dout, lse, delta, rows, for_dq, block, scoring.scale)
-        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, for_dkv, block, scoring.scale)
+        block, capped = layout.block, scoring.softcap is not None
+        for_dq, for_dkv = _tiles("dq", q, v, block, capped), _tiles("dkv", q, v, block, capped)
+        rows, columns = self._rows(layout, for_dq, q.shape[2]), self._columns(layout, for_dkv, q.shape[2], k.shape[2])
+        delta = launch.delta(out, dout, lse, dlse, rows)
+        dq = launch.dq(q, k, v, dout, lse, delta, rows, for_dq, block, scoring)
+        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, for_dkv, block, scoring)
         return dq, dk, dv
 
-    def _walk(self, layout: Layout, key: tuple, make):
-        """The grouped lists of a layout, made once for each tile height."""
+    def _rows(self, layout: Layout, tiles: Tiles, heads: int) -> Walk:
+        """The walk of forward and dq, made once for each layout and tile."""
+        given = (tiles.factor(layout.block), max(tiles.listed_tokens // layout.block, 1), heads // layout.heads, tiles.key_range)
         known = self._walks.setdefault(layout, {})
+        if given not in known:
+            known[given] = walk_rows(layout, *given)
+        return known[given]
+
+    def _columns(self, layout: Layout, tiles: Tiles, heads: int, kv_heads: int) -> Walk:
+        """The walk of dk and dv, made once for each layout and tile."""
+        given = (tiles.factor(layout.block), max(tiles.listed_tokens // layout.block, 1), heads, kv_heads)
+        known = self._walks.setdefault(layout, {})
+        key = ("columns", *given)
         if key not in known:
-            known[key] = make(key[1])
+            known[key] = walk_columns(layout, *given)
         return known[key]
-
-
-def _refuse(scoring: Scoring) -> None:
-    why = [f"the kernels have no {name}" for name in ("softcap", "sinks") if getattr(scoring, name) is not None]
-    if why:
-        raise Unsupported("attention cannot run with backend='triton'", {"triton": why})
 
 
 def _interpreting() -> bool:
@@ -109,9 +118,9 @@ def _width_objections(q: Tensor, v: Tensor) -> list[str]:
     return []
 
 
-def _tiles(op: str, q: Tensor, v: Tensor, block: int) -> Tiles:
+def _tiles(op: str, q: Tensor, v: Tensor, block: int, capped: bool = False) -> Tiles:
     limit = _shared_limit(q.device.index or 0) if q.is_cuda else 232448
-    return choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), block, limit)
+    return choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), block, limit, capped)
 
 
 @lru_cache(maxsize=64)

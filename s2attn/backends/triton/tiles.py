@@ -11,12 +11,17 @@ SHARED_MEMORY = {"sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 1013
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens of a tile on the lines' axis and on the listed axis, warps, and stages of the software pipeline."""
+    """Tokens of a tile on the lines' axis and on the listed axis, warps, and stages of the software pipeline.
+
+    ``key_range`` cuts the lists of forward and dq where they cross a multiple of so many keys, and takes range by range, so that K and V
+    of one range stay in the second-level cache; 0 does not.
+    """
 
     line_tokens: int
     listed_tokens: int
     num_warps: int
     num_stages: int
+    key_range: int = 0
 
     def factor(self, block: int) -> int:
         """Blocks of the lines' axis that share a tile."""
@@ -49,16 +54,19 @@ WIDE_MEMORY = 200_000
 """Devices with at least this much shared memory per program also have wide matrix units, which want taller tiles."""
 
 
-def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, shared_limit: int) -> Tiles:
+def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, shared_limit: int, capped: bool = False) -> Tiles:
     """The tiles for ``op`` ("forward", "dq" or "dkv"): preferred ones that do not spill registers, made smaller until they fit.
 
+    ``capped``: with a soft-cap, whose arithmetic needs registers too.
+
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
-    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3)
+    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0)
     """
-    line_tokens, listed_tokens, warps = _preferred(op, max(next_power(dim), next_power(dim_v)), itemsize, block, shared_limit)
+    wanted = _preferred(op, max(next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
+    line_tokens, listed_tokens = wanted.line_tokens, wanted.listed_tokens
     while True:
-        for stages in (3, 2, 1):
-            tiles = Tiles(line_tokens, listed_tokens, warps, stages)
+        for stages in range(wanted.num_stages, 0, -1):
+            tiles = Tiles(line_tokens, listed_tokens, wanted.num_warps, stages)
             if shared_bytes(op, tiles, dim, dim_v, itemsize) <= shared_limit:
                 return tiles
         if line_tokens == listed_tokens == SMALLEST:
@@ -69,14 +77,17 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
             line_tokens //= 2
 
 
-def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int) -> tuple[int, int, int]:
-    """Line tokens, listed tokens and warps; what compiles without spills at widths 64 and 128 (`tests/compile`)."""
+def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int, capped: bool) -> Tiles:
+    """What compiles without spills at widths 64 and 128 (`tests/compile`)."""
     large = shared_limit >= WIDE_MEMORY
     if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
         # Products on ordinary units, or rows too wide for the registers: small tiles.
-        return (32, 32, 4) if wide <= 128 else (16, 32, 4)
+        return Tiles(32 if wide <= 128 else 16, 32, 4, 3)
     if op == "dkv":
-        return (64, 32, 8) if wide > 64 else ((64, 64, 8) if large else (32, 64, 4))
+        if wide > 64:
+            return Tiles(64, 16 if capped else 32, 8, 2 if large else 3)
+        return Tiles(64, 64, 8, 3) if large else Tiles(32, 64, 4, 2)
     if op == "forward" and large and block >= 128:
-        return 128, 64, 8
-    return 64, (64 if large or op == "dq" or wide <= 64 else 32), 4
+        return Tiles(128, 64, 8, 3)
+    roomy = wide <= 64 or (large and op == "forward") or (op == "dq" and not capped)
+    return Tiles(64, 64 if roomy else 32, 4, 3)

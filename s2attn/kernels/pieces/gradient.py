@@ -3,17 +3,17 @@
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from s2attn.kernels.pieces.scores import product_gradient
 
 
 @triton.jit
-def score_gradient(scores_log2, d_probability, lse_log2, delta, allowed, MASKED: tl.constexpr):
+def score_gradient(logits_log2, d_probability, lse_log2, delta, allowed, cap_log2, CAPPED: tl.constexpr, MASKED: tl.constexpr):
     """``P`` and ``dS = P * (dP - delta)`` of one tile; ``lse_log2`` and ``delta`` are broadcast along the keys.
 
     ``delta`` holds ``sum(dout * out) - dlse``, so the gradient of lse needs no term of its own. A query that does not exist comes with
     ``lse_log2 = +inf`` and so with P = 0.
     """
-    p = tl.exp2(scores_log2 - lse_log2)
+    p = tl.exp2(logits_log2 - lse_log2)
     if MASKED:
         p = tl.where(allowed, p, 0.0)
-    return p, p * (d_probability - delta)
+    return p, product_gradient(p * (d_probability - delta), logits_log2, cap_log2, CAPPED)

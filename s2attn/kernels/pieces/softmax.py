@@ -3,7 +3,31 @@
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
+from s2attn.kernels.pieces.scores import LN2, LOG2E
+
+
+@triton.jit
+def softmax_begin(sinks_ptr, head, whole, SINKS: tl.constexpr, ROWS: tl.constexpr):
+    """Running maximum and sum of a row that has seen no key: -inf and 0, or the head's learned sink logit and 1.
+
+    A row in several pieces meets the sink where the pieces are joined, so ``whole`` says whether this is the only one.
+    """
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    if SINKS:
+        sink = tl.where(whole, tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, float("-inf"))
+        m_i = tl.maximum(m_i, sink)
+        l_i = l_i + tl.where(sink == float("-inf"), 0.0, 1.0)
+    return m_i, l_i
+
+
+@triton.jit
+def rescaled(m_i, top):
+    """New maximum, the shift to use, and the factor for what was summed under the old maximum."""
+    m_new = tl.maximum(m_i, top)
+    # A row that has seen nothing yet keeps -inf; it is shifted by 0 so that no -inf - -inf appears.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, shift, tl.exp2(m_i - shift)
 
 
 @triton.jit
@@ -12,15 +36,12 @@ def softmax_step(acc, m_i, l_i, scores_log2, v_tile, PRECISION: tl.constexpr):
 
     ``m_i`` is the running maximum (-inf at first), ``l_i`` the running sum, ``acc`` the unnormalised output, all float32.
     """
-    m_new = tl.maximum(m_i, tl.max(scores_log2, 1))
-    # A row that has seen nothing yet keeps -inf; it is shifted by 0 so that no -inf - -inf appears.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    m_i, shift, keep = rescaled(m_i, tl.max(scores_log2, 1))
     p = tl.exp2(scores_log2 - shift[:, None])
-    keep = tl.exp2(m_i - shift)
     l_i = l_i * keep + tl.sum(p, 1)
     acc = acc * keep[:, None]
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-    return acc, m_new, l_i
+    return acc, m_i, l_i
 
 
 @triton.jit
