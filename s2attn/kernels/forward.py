@@ -21,13 +21,13 @@ def attend(
         key, lane, exists, entry, inside = listed_tokens(listed, position, last, RB, BLOCK_N)
         if MASKED:
             allowed = allowed_pairs(codes_ptr, tiles_ptr, entry, inside, place, exists, F, RB, BLOCK_N, False)
+        else:
+            allowed = exists[None, :]
         k_tile = load_rows(keys, key, lane, exists, BLOCK_D, D, MASKED or RB < BLOCK_N)
         v_tile = load_rows(values, key, lane, exists, BLOCK_DV, DV, MASKED or RB < BLOCK_N)
         scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-        if MASKED:
+        if MASKED or RB < BLOCK_N:  # the last tile of several blocks may hold fewer than it has room for
             scores = tl.where(allowed, scores, float("-inf"))
-        elif RB < BLOCK_N:  # the last tile may hold fewer blocks than it has room for
-            scores = tl.where(exists[None, :], scores, float("-inf"))
         acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile, PRECISION)
     return acc, m_i, l_i
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 PROGRAMS = 1024
-"""A piece longer than this fraction of all work can hold up a GPU, whatever comes first; large GPUs run some hundreds of programs at once."""
+"""A piece with more than this fraction of all work can hold up a GPU, which runs some hundreds of programs at once."""
 
 
 def piece_limits(counts: np.ndarray, seq: np.ndarray, *, copies: int = 1, least: int = 16) -> np.ndarray:

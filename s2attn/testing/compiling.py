@@ -14,9 +14,18 @@ from typing import Any
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
 
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel", "delta": "delta_kernel"}
-_POINTERS = {"pieces": "i32", "splits": "i32", "line_start": "i32", "line_length": "i32", "ptr": "i64", "full": "i32", "sub_at": "i64", "idx": "i32"}
+_POINTERS = {
+    "pieces": "i32",
+    "splits": "i32",
+    "line_start": "i32",
+    "line_length": "i32",
+    "ptr": "i64",
+    "full": "i32",
+    "sub_at": "i64",
+    "idx": "i32",
+}
 _POINTERS |= {"sub": "i32", "tiles": "u8", "key_start": "i32", "key_length": "i32", "query_start": "i32", "query_length": "i32"}
-_POINTERS |= {name: "fp32" for name in ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")}
+_POINTERS |= dict.fromkeys(("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv"), "fp32")
 _COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens")
 _NUMBERS = ("scale", "factor", "cap_log2")
 

@@ -25,6 +25,7 @@ class RecordingDriver:
     Attributes:
         arch: compute capability times ten.
         shared_limit: bytes of shared memory that one program can have.
+        keep: whether launches are written down.
         launches: what would have been started.
     """
 
@@ -60,9 +61,10 @@ class RecordingDriver:
         return ty_to_cpp(ty)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, launch_metadata: Any, enter: Any, leave: Any, *args: Any):
+        # Triton passes the stream, the packed metadata, the launch metadata and two hooks besides.
+        def launch(x: int, y: int, z: int, _stream: int, function: int, *rest: Any) -> None:
             if self.keep:
-                addresses = tuple(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in args)
+                addresses = tuple(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in rest[4:])
                 self.launches.append(Launch(metadata.name, function, (x, y, z), addresses))
 
         return launch

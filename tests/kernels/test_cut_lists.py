@@ -21,6 +21,11 @@ PATTERNS = {
 }
 
 
+def tensors(n, batch):
+    torch.manual_seed(0)
+    return [torch.randn(batch, n, heads, 16) for heads in (2, 1, 1)]
+
+
 @pytest.fixture
 def short_pieces(monkeypatch):
     """Pieces of 32 tokens, so that small problems have many."""
@@ -29,11 +34,13 @@ def short_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_pieces_are_joined(name, triton_backend, poisoned_empty, short_pieces):
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, True)])
+def test_pieces_are_joined(name, softcap, sinks, triton_backend, poisoned_empty, short_pieces):
     pattern, block = PATTERNS[name]
-    q, k, v = tensors(150, 150, 4, 2, 16, 32, torch.float32)
     layout = build_layout(pattern, 4, 2, 150, block=block)
-    compare(triton_backend, q, k, v, layout, dense_mask(pattern, 4, 2, 150, 150), Scoring(0.25))
+    shape = {"heads": 4, "kv_heads": 2, "batch": 2, "width": 16, "v_width": 32}
+    scoring = {"softcap": softcap, "sinks": torch.randn(4) if sinks else None}
+    check_backend(triton_backend, make_problem(layout, dense_mask(pattern, 4, 2, 150, 150), **shape, **scoring))
     cut = list(triton_backend._walks[layout].values())
     assert any(made.slots > 0 for made in cut)
 
@@ -42,15 +49,15 @@ def test_ranges_of_keys(triton_backend, poisoned_empty, monkeypatch):
     choose = launcher._tiles
     monkeypatch.setattr(launcher, "_tiles", lambda *given: replace(choose(*given), key_range=64))
     pattern = Local(2, 16) | Stride(3, block=16)
-    q, k, v = tensors(150, 150, 2, 1, 16, 16, torch.float32, batch=1)
     layout = build_layout(pattern, 2, 1, 150, block=16)
-    compare(triton_backend, q, k, v, layout, dense_mask(pattern, 2, 1, 150, 150), Scoring(0.25))
+    mask = dense_mask(pattern, 2, 1, 150, 150)
+    check_backend(triton_backend, make_problem(layout, mask, heads=2, kv_heads=1, width=16, sinks=torch.randn(2)))
     assert any(made.slots > 4 for made in triton_backend._walks[layout].values())
 
 
 def test_the_same_bits_every_time_and_in_any_batch(triton_backend, short_pieces):
     pattern = Sink(8) | Window(20)
-    q, k, v = tensors(100, 100, 2, 1, 16, 16, torch.float32, batch=2)
+    q, k, v = tensors(100, 2)
     dout = torch.randn_like(q)
 
     def results(entries, layout):
@@ -68,7 +75,7 @@ def test_the_same_bits_every_time_and_in_any_batch(triton_backend, short_pieces)
 def test_a_packed_sequence_has_the_bits_that_it_has_alone(triton_backend):
     """A long sink column beside a short sequence: what is cut depends on each sequence alone."""
     pattern = Sink(8) | Window(20)
-    q, k, v = tensors(180, 180, 2, 1, 16, 16, torch.float32, batch=1)
+    q, k, v = tensors(180, 1)
     dout, scoring = torch.randn_like(q), Scoring(0.25)
 
     def results(x, d, **sizes):

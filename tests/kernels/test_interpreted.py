@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2attn import Dense, Layout, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
-<<<<<<< HEAD
+from s2attn import Dense, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
 from s2attn.backends import Scoring
-=======
-from s2attn.backends.base import Scoring
->>>>>>> 276dbda (Cut long lists into pieces that are joined in a fixed order; soft-cap and sinks in the kernels; start known calls directly)
-from s2attn.testing import assert_close, dense_mask, eager, oracle
+from s2attn.testing import dense_mask
+from s2attn.testing.problems import check_backend, make_problem
 
 # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -33,48 +30,43 @@ def tensors(n, m, heads, kv_heads, dim, dim_v, dtype, batch=2):
     return [torch.randn(batch, s, h, d).to(dtype) for s, h, d in ((n, heads, dim), (m, kv_heads, dim), (m, kv_heads, dim_v))]
 
 
-def compare(backend, q, k, v, layout: Layout, mask, scale):
-    out, lse = backend.forward(q, k, v, layout, Scoring(scale))
-    dout, seen = torch.randn_like(out), mask.any(dim=-1).expand(lse.shape)
-    dlse = torch.where(seen, torch.randn_like(lse), torch.zeros_like(lse))
-    got = [out, lse, *backend.backward(dout, dlse, q, k, v, out, lse, layout, Scoring(scale))]
-    sets = []
-    for function in (eager, oracle):
-        x = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-        o, full = function(*x, mask, scale)
-        safe = torch.where(torch.isfinite(full), full, torch.zeros_like(full))
-        sets.append([o, full, *torch.autograd.grad((o, safe), x, (dout.to(o.dtype), dlse.to(full.dtype)))])
-    for name, value, plain, exact in zip(("out", "lse", "dq", "dk", "dv"), got, *sets, strict=True):
-        assert_close(name, value, plain, exact.double(), terms=1.0 if name in ("out", "lse") else 4.0)
-    return got
+def pattern_problem(name, **more):
+    pattern, n, m, heads, kv_heads, dim, dim_v, block, causal = CASES[name]
+    torch.manual_seed(0)
+    layout = build_layout(pattern, heads, kv_heads, n, m, block=block, causal=causal)
+    mask = dense_mask(pattern, heads, kv_heads, n, m, causal=causal)
+    return make_problem(layout, mask, heads=heads, kv_heads=kv_heads, batch=2, width=dim, v_width=dim_v, **more)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_forward_and_backward(name, dtype, triton_backend, poisoned_empty):
-    pattern, n, m, heads, kv_heads, dim, dim_v, block, causal = CASES[name]
-    q, k, v = tensors(n, m, heads, kv_heads, dim, dim_v, dtype)
-    layout = build_layout(pattern, heads, kv_heads, n, m, block=block, causal=causal)
-    compare(triton_backend, q, k, v, layout, dense_mask(pattern, heads, kv_heads, n, m, causal=causal), dim**-0.5)
+    check_backend(triton_backend, pattern_problem(name), dtype)
+
+
+@pytest.mark.parametrize("name", ["block 64, groups", "block 32, per query head", "rows that see nothing"])
+@pytest.mark.parametrize(("softcap", "sinks"), [(1.5, False), (None, True), (30.0, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_soft_cap_and_sinks(name, softcap, sinks, dtype, triton_backend, poisoned_empty):
+    check_backend(triton_backend, pattern_problem(name, softcap=softcap, sinks=torch.randn(CASES[name][3]) if sinks else None), dtype)
 
 
 def test_packed_sequences(triton_backend, poisoned_empty):
     pattern: Pattern = Local(1, 16) | Stride(2, block=16)
     lengths = [40, 0, 75]
     cu = torch.tensor([0, 40, 40, 115])
-    q, k, v = tensors(115, 115, 2, 1, 16, 16, torch.float32, batch=1)
     layout = build_layout(pattern, 2, 1, cu_seqlens_q=cu, cu_seqlens_k=cu)
     mask = torch.zeros(2, 115, 115, dtype=torch.bool)
     for lo, n in zip(cu.tolist(), lengths, strict=False):
         mask[:, lo : lo + n, lo : lo + n] = dense_mask(pattern, 2, 1, n, n) if n else False
-    compare(triton_backend, q, k, v, layout, mask, 0.25)
+    check_backend(triton_backend, make_problem(layout, mask, heads=2, kv_heads=1, width=16))
 
 
 @pytest.mark.parametrize("dim", [16, 48, 80, 96, 112, 160, 192, 256])
 def test_head_widths(dim, triton_backend, poisoned_empty):
     pattern = Local(1, 32)
-    q, k, v = tensors(40, 40, 1, 1, dim, dim, torch.float32, batch=1)
-    compare(triton_backend, q, k, v, build_layout(pattern, 1, 1, 40), dense_mask(pattern, 1, 1, 40, 40), dim**-0.5)
+    problem = make_problem(build_layout(pattern, 1, 1, 40), dense_mask(pattern, 1, 1, 40, 40), heads=1, kv_heads=1, width=dim)
+    check_backend(triton_backend, problem)
 
 
 def test_any_strides_and_the_same_bits(triton_backend):

@@ -110,5 +110,5 @@ def _walk(layout: Layout, groups: RowGroups, lines: Spans, listed: Spans, plan: 
     first, last = groups.first.long(), (groups.first + groups.count - 1).long()
     start = lines.start[first]
     length = lines.start[last] + lines.length[last] - start
-    tables = [torch.from_numpy(table).to(layout.device) for table in (plan.pieces, plan.splits)]
-    return Walk(groups, *tables, plan.slots, start, length, listed.start, listed.length, layout.tiles.view(torch.uint8))
+    pieces, splits = (torch.from_numpy(table).to(layout.device) for table in (plan.pieces, plan.splits))
+    return Walk(groups, pieces, splits, plan.slots, start, length, listed.start, listed.length, layout.tiles.view(torch.uint8))
