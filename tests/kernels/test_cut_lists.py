@@ -9,8 +9,8 @@ import torch
 
 from s2attn import Local, Sink, Stride, Window, build_layout
 from s2attn.backends.base import Scoring
-from s2attn.backends.triton import backend as launcher
-from s2attn.backends.triton import walk
+from s2attn.backends.triton import Triton, walk
+from s2attn.backends.triton.backend import find_tiles
 from s2attn.testing import dense_mask
 from s2attn.testing.problems import check_backend, make_problem
 
@@ -41,18 +41,16 @@ def test_pieces_are_joined(name, softcap, sinks, triton_backend, poisoned_empty,
     shape = {"heads": 4, "kv_heads": 2, "batch": 2, "width": 16, "v_width": 32}
     scoring = {"softcap": softcap, "sinks": torch.randn(4) if sinks else None}
     check_backend(triton_backend, make_problem(layout, dense_mask(pattern, 4, 2, 150, 150), **shape, **scoring))
-    cut = list(triton_backend._walks[layout].values())
-    assert any(made.slots > 0 for made in cut)
+    assert all(made.slots > 0 for made in triton_backend._prepared[layout].walks.values())
 
 
-def test_ranges_of_keys(triton_backend, poisoned_empty, monkeypatch):
-    choose = launcher._tiles
-    monkeypatch.setattr(launcher, "_tiles", lambda *given: replace(choose(*given), key_range=64))
+def test_ranges_of_keys(triton_backend, poisoned_empty):
+    backend = Triton(lambda *given: replace(find_tiles(*given), key_range=64))
     pattern = Local(2, 16) | Stride(3, block=16)
     layout = build_layout(pattern, 2, 1, 150, block=16)
     mask = dense_mask(pattern, 2, 1, 150, 150)
-    check_backend(triton_backend, make_problem(layout, mask, heads=2, kv_heads=1, width=16, sinks=torch.randn(2)))
-    assert any(made.slots > 4 for made in triton_backend._walks[layout].values())
+    check_backend(backend, make_problem(layout, mask, heads=2, kv_heads=1, width=16, sinks=torch.randn(2)))
+    assert any(made.slots > 4 for made in backend._prepared[layout].walks.values())
 
 
 def test_the_same_bits_every_time_and_in_any_batch(triton_backend, short_pieces):

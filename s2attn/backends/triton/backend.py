@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from weakref import WeakKeyDictionary
@@ -11,21 +12,30 @@ from torch import Tensor
 
 from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import plain_objections
+from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
 from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
-from s2attn.layout import Layout
+from s2attn.layout import Layout, dense_pairs
 
 WIDEST = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+Choose = Callable[[Situation, torch.device, bool], Tiles]
+
+
 class Triton(Backend):
-    """Triton kernels on CUDA devices; under ``TRITON_INTERPRET=1`` also on the CPU, for tests."""
+    """Triton kernels on CUDA devices; under ``TRITON_INTERPRET=1`` also on the CPU, for tests.
+
+    Args:
+        choose: the tiles for a situation, a device, and whether there is a soft-cap; by default the tuned table, then `choose_tiles`.
+    """
 
     name = "triton"
 
-    def __init__(self) -> None:
-        self._walks: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
+    def __init__(self, choose: Choose | None = None) -> None:
+        self._choose = choose or find_tiles
+        self._prepared: WeakKeyDictionary[Layout, _Prepared] = WeakKeyDictionary()
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Every reason why the kernels cannot serve such tensors here."""
@@ -51,8 +61,8 @@ class Triton(Backend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         from s2attn.backends.triton import launch
 
-        tiles = _tiles("forward", q, v, layout.block, scoring.softcap is not None)
-        return launch.forward(q, k, v, self._rows(layout, tiles, q.shape[2]), tiles, layout.block, scoring)
+        tiles, walk = self._way("forward", q, k, v, layout, scoring)
+        return launch.forward(q, k, v, walk, tiles, layout.block, scoring)
 
     def backward(
         self,
@@ -68,30 +78,72 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from s2attn.backends.triton import launch
 
-        block, capped = layout.block, scoring.softcap is not None
-        for_dq, for_dkv = _tiles("dq", q, v, block, capped), _tiles("dkv", q, v, block, capped)
-        rows, columns = self._rows(layout, for_dq, q.shape[2]), self._columns(layout, for_dkv, q.shape[2], k.shape[2])
+        dq_tiles, rows = self._way("dq", q, k, v, layout, scoring)
+        dkv_tiles, columns = self._way("dkv", q, k, v, layout, scoring)
         delta = launch.delta(out, dout, lse, dlse, rows)
-        dq = launch.dq(q, k, v, dout, lse, delta, rows, for_dq, block, scoring)
-        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, for_dkv, block, scoring)
+        dq = launch.dq(q, k, v, dout, lse, delta, rows, dq_tiles, layout.block, scoring)
+        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, dkv_tiles, layout.block, scoring)
         return dq, dk, dv
 
-    def _rows(self, layout: Layout, tiles: Tiles, heads: int) -> Walk:
-        """The walk of forward and dq, made once for each layout and tile."""
-        given = (tiles.factor(layout.block), max(tiles.listed_tokens // layout.block, 1), heads // layout.heads, tiles.key_range)
-        known = self._walks.setdefault(layout, {})
-        if given not in known:
-            known[given] = walk_rows(layout, *given)
-        return known[given]
+    def _way(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tiles, Walk]:
+        """Tiles and walk of one kernel, found once for each layout and kind of tensors."""
+        prepared = self._prepared.get(layout)
+        if prepared is None:
+            prepared = self._prepared[layout] = _Prepared()
+        key = (op, q.dtype, q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None)
+        way = prepared.ways.get(key)
+        if way is None:
+            tiles = self._choose(situation(op, q, v, layout, prepared.density_of(layout)), q.device, scoring.softcap is not None)
+            way = prepared.ways[key] = tiles, prepared.walk(op, layout, tiles, q.shape[2], k.shape[2])
+        return way
 
-    def _columns(self, layout: Layout, tiles: Tiles, heads: int, kv_heads: int) -> Walk:
-        """The walk of dk and dv, made once for each layout and tile."""
-        given = (tiles.factor(layout.block), max(tiles.listed_tokens // layout.block, 1), heads, kv_heads)
-        known = self._walks.setdefault(layout, {})
-        key = ("columns", *given)
-        if key not in known:
-            known[key] = walk_columns(layout, *given)
-        return known[key]
+
+class _Prepared:
+    """What was made of one layout: walks by tile, and which one each kind of call takes."""
+
+    def __init__(self) -> None:
+        self.ways: dict[tuple, tuple[Tiles, Walk]] = {}
+        self.walks: dict[tuple, Walk] = {}
+        self._density: float | None = None
+
+    def density_of(self, layout: Layout) -> float:
+        """Listed blocks over those of dense attention."""
+        if self._density is None:
+            dense = layout.heads * dense_pairs(layout)
+            self._density = layout.rows.entries * layout.block**2 / dense if dense else 0.0
+        return self._density
+
+    def walk(self, op: str, layout: Layout, tiles: Tiles, heads: int, kv_heads: int) -> Walk:
+        unit = max(tiles.listed_tokens // layout.block, 1)
+        if op == "dkv":
+            make, given = walk_columns, (tiles.factor(layout.block), unit, heads, kv_heads)
+        else:
+            make, given = walk_rows, (tiles.factor(layout.block), unit, heads // layout.heads, tiles.key_range)
+        key = (make, *given)
+        if key not in self.walks:
+            self.walks[key] = make(layout, *given)
+        return self.walks[key]
+
+
+def situation(op: str, q: Tensor, v: Tensor, layout: Layout, density: float) -> Situation:
+    """The row of a tuned table that such a call looks for."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return Situation(op, dtype, q.shape[-1], v.shape[-1], layout.block, density_class(density))
+
+
+def find_tiles(wanted: Situation, device: torch.device, capped: bool) -> Tiles:
+    """The tuned tiles of this GPU and this Triton, or those that follow from what the GPU has.
+
+    Tables are measured without a soft-cap, whose arithmetic needs registers of its own.
+    """
+    itemsize = 4 if wanted.dtype == "float32" else 2
+    limit = 232448
+    if device.type == "cuda":
+        name, limit = _gpu(device.index or 0)
+        tuned = None if capped else tuned_tiles(name, _triton_version(), wanted)
+        if tuned is not None:
+            return tuned
+    return choose_tiles(wanted.op, wanted.head_dim, wanted.v_dim, itemsize, wanted.block, limit, capped)
 
 
 def _interpreting() -> bool:
@@ -112,19 +164,22 @@ def _width_objections(q: Tensor, v: Tensor) -> list[str]:
     """Head widths of which no tile fits into this device's shared memory."""
     try:
         for op in ("forward", "dq", "dkv"):
-            _tiles(op, q, v, 64)
+            choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), 64, _gpu(q.device.index or 0)[1])
     except ValueError:
         return [f"head widths {q.shape[-1]} and {v.shape[-1]} in {q.dtype} need more shared memory than this device has"]
     return []
 
 
-def _tiles(op: str, q: Tensor, v: Tensor, block: int, capped: bool = False) -> Tiles:
-    limit = _shared_limit(q.device.index or 0) if q.is_cuda else 232448
-    return choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), block, limit, capped)
-
-
 @lru_cache(maxsize=64)
-def _shared_limit(index: int) -> int:
+def _gpu(index: int) -> tuple[str, int]:
+    """Name, and shared memory in bytes that one program can have."""
     from triton.runtime import driver
 
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return torch.cuda.get_device_name(index), driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+@lru_cache(maxsize=1)
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
