@@ -9,7 +9,7 @@ from typing import Any
 from s2attn.core import Unsupported
 from s2attn.layout import HeadRange, Layout, build_layout
 from s2attn.nn import SparseAttention
-from s2attn.ops import attention, merge
+from s2attn.ops import attention, merge, warmup
 from s2attn.patterns import (
     Blocks,
     ByRange,
@@ -60,6 +60,7 @@ __all__ = [
     "parse_pattern",
     "plot",
     "preset",
+    "warmup",
 ]
 
 # The lab is loaded when it is first asked for: attention alone does not need it.

@@ -56,3 +56,7 @@ class Backend(ABC):
         A soft-cap multiplies dS by ``1 - (logit / softcap) ** 2``. The gradient of the sinks needs no keys, and no backend computes it:
         see `s2attn.ops.register.sink_gradient`.
         """
+
+    def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
+        """Compile what such calls will run, ``backward`` too if so; q, k, v are on the meta device. Plain torch has nothing to compile."""
+        return None

@@ -2,5 +2,6 @@
 
 from s2attn.ops.attention import attention
 from s2attn.ops.merge import merge
+from s2attn.ops.warmup import warmup
 
-__all__ = ["attention", "merge"]
+__all__ = ["attention", "merge", "warmup"]

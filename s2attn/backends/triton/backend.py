@@ -85,6 +85,16 @@ class Triton(Backend):
         dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, dkv_tiles, layout.block, scoring)
         return dq, dk, dv
 
+    def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
+        """Kernels that are started on tensors without memory are compiled only."""
+        from s2attn.backends.triton import launch
+
+        with launch.on_device(layout.rows.ptr):
+            out, lse = self.forward(q, k, v, layout, scoring)
+            if backward:
+                self.backward(torch.empty_like(out), None, q, k, v, out, lse, layout, scoring)
+                launch.delta(out, out, lse, torch.empty_like(lse), self._way("dq", q, k, v, layout, scoring)[1])
+
     def _way(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tiles, Walk]:
         """Tiles and walk of one kernel, found once for each layout and kind of tensors."""
         prepared = self._prepared.get(layout)
@@ -93,7 +103,7 @@ class Triton(Backend):
         key = (op, q.dtype, q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None)
         way = prepared.ways.get(key)
         if way is None:
-            tiles = self._choose(situation(op, q, v, layout, prepared.density_of(layout)), q.device, scoring.softcap is not None)
+            tiles = self._choose(situation(op, q, v, layout, prepared.density_of(layout)), layout.device, scoring.softcap is not None)
             way = prepared.ways[key] = tiles, prepared.walk(op, layout, tiles, q.shape[2], k.shape[2])
         return way
 

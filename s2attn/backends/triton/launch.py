@@ -48,7 +48,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, walk: Walk, tiles: Tiles, block: in
 
     with on_device(q):
         start(forward_kernel, (q, k, v, sinks, out, lse, *parts), walk.starts, ("forward", *key), attend)
-        if walk.slots:
+        if walk.slots or q.is_meta:
             start(merge_kernel, (*parts, sinks, out, lse), walk.starts, ("merge", *key), join)
     return out, lse
 
@@ -126,7 +126,7 @@ def _join(part: Tensor, result: Tensor, walk: Walk, tiles: Tiles, subs: int, hea
     """Sum the slots of every item that was cut into ``result``."""
     from s2attn.kernels.join import sum_kernel
 
-    if not walk.slots:
+    if not walk.slots and not part.is_meta:
         return
 
     def describe() -> Call:

@@ -55,7 +55,13 @@ def start(kernel: Any, pointers: tuple[Tensor, ...], starts: Starts, key: tuple,
         pointers: the tensors that come first among the kernel's arguments and may be others in every call.
         key: names the kernel and all that ``describe`` depends on.
         describe: the rest of the call; asked only when the key is new, or a pointer is not aligned.
+
+    Tensors on the meta device have no memory to work on: the kernel is compiled for such a call, and not started.
     """
+    if pointers[0].is_meta:
+        call = describe()
+        kernel.warmup(*pointers, *call.rest, grid=call.grid, **call.constants)
+        return
     if _plain(kernel):
         call = describe()
         kernel[call.grid](*pointers, *call.rest, **call.constants)

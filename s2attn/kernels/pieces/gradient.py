@@ -13,7 +13,8 @@ def score_gradient(logits_log2, d_probability, lse_log2, delta, allowed, cap_log
     ``delta`` holds ``sum(dout * out) - dlse``, so the gradient of lse needs no term of its own. A query that does not exist comes with
     ``lse_log2 = +inf`` and so with P = 0.
     """
-    p = tl.exp2(logits_log2 - lse_log2)
+    # No probability exceeds 1; rounded logits of many millions would say otherwise, and overflow.
+    p = tl.exp2(tl.minimum(logits_log2 - lse_log2, 0.0))
     if MASKED:
         p = tl.where(allowed, p, 0.0)
     return p, product_gradient(p * (d_probability - delta), logits_log2, cap_log2, CAPPED)
