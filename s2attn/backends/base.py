@@ -59,4 +59,4 @@ class Backend(ABC):
 
     def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
         """Compile what such calls will run, ``backward`` too if so; q, k, v are on the meta device. Plain torch has nothing to compile."""
-        return None
+        return

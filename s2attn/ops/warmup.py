@@ -52,7 +52,8 @@ def warmup(
         ValueError, TypeError: a bad argument.
         Unsupported: no backend, or not the named one, could serve such a call.
 
-    >>> warmup(Pattern.from_json('{"version": 1, "pattern": {"type": "Window", "n": 8}}'), seqlen=64, num_heads=2, head_dim=16, device="cpu")
+    >>> from s2attn import Window
+    >>> warmup(Window(8), seqlen=64, num_heads=2, head_dim=16, device="cpu")
     """
     if not isinstance(pattern, Pattern):
         raise bad_kind("pattern", "must be a Pattern", pattern)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,12 +29,23 @@ def two_threads(_same_numbers_and_one_thread: None) -> None:
 
 
 def serving() -> dict[str, Backend]:
-    """Backends in plain torch, and the portable one as it would run on another device. Kernels have a folder of their own."""
-    registered = {name: get_backend(name) for name in backend_names() if name != "triton"}
+    """The registered backends, and the portable one as it would run on another device.
+
+    Kernels run in Triton's interpreter; where there is a GPU, tests/gpu runs them compiled.
+    """
+    interpreted = find_spec("triton") is not None and not torch.cuda.is_available()
+    registered = {name: get_backend(name) for name in backend_names() if name != "triton" or interpreted}
     return registered | {"portable-stack": Portable(StackTile())}
 
 
+def serves(backend: Backend, dtype: torch.dtype) -> bool:
+    x = torch.zeros(1, 1, 1, 16, dtype=dtype)
+    return not backend.objections(x, x, x)
+
+
 _SERVING = serving()
+_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+_PAIRS = {f"{name}-{dtype}": (made, dtype) for name, made in _SERVING.items() for dtype in _DTYPES if serves(made, dtype)}
 
 
 @pytest.fixture(params=list(_SERVING))
@@ -41,7 +53,19 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return _SERVING[request.param]
 
 
-@pytest.fixture(params=[name for name in _SERVING if name != "reference"])
+@pytest.fixture(params=[name for name in _SERVING if name != "triton"])
+def plain_backend(request: pytest.FixtureRequest) -> Backend:
+    """Those in plain torch: float64, and no query is touched by a bad number that it does not see, even inside its own blocks."""
+    return _SERVING[request.param]
+
+
+@pytest.fixture(params=list(_PAIRS))
+def backend_and_dtype(request: pytest.FixtureRequest) -> tuple[Backend, torch.dtype]:
+    """Every backend with every dtype that it serves."""
+    return _PAIRS[request.param]
+
+
+@pytest.fixture(params=[name for name in _SERVING if name not in ("reference", "triton")])
 def sparse_backend(request: pytest.FixtureRequest) -> Backend:
     """Those that never touch what a layout does not list."""
     return _SERVING[request.param]

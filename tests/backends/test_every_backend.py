@@ -15,7 +15,11 @@ from s2attn.layout import Layout, build_layout
 from s2attn.testing import dense_mask
 from s2attn.testing.problems import Problem, check_backend, make_problem, random_mask, random_problem, run
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+pytestmark = [
+    # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day; and it says when numbers overflow.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 SCORINGS = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": torch.tensor([0.7, -2.0, 0.0, 5.0])},
@@ -26,17 +30,19 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 slow_fixture = [HealthCheck.function_scoped_fixture]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtypes(backend: Backend, dtype: torch.dtype) -> None:
+def test_dtypes(backend_and_dtype: tuple[Backend, torch.dtype]) -> None:
+    backend, dtype = backend_and_dtype
     check_backend(backend, random_problem(4, 2, 2, 150, 150, 32, causal=True, batch=2), dtype)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 1), (4, 2), (6, 3), (8, 2)], ids=str)
-@pytest.mark.parametrize("layout_heads", ["1", "G", "H", "2 of 6 over 3"])
-def test_groups_of_heads(backend: Backend, heads: tuple[int, int], layout_heads: str) -> None:
-    query, kv = (6, 3) if layout_heads.startswith("2") else heads
-    count = {"1": 1, "G": kv, "H": query}.get(layout_heads, 2)
-    check_backend(backend, random_problem(query, kv, count, 70, 90, 16, width=16))
+@pytest.mark.parametrize(
+    "heads",
+    sorted({(h, g, of) for h, g in [(1, 1), (3, 3), (4, 1), (4, 2), (6, 3), (8, 2)] for of in (1, g, h)} | {(6, 3, 2)}),
+    ids=str,
+)
+def test_groups_of_heads(backend: Backend, heads: tuple[int, int, int]) -> None:
+    """Query heads, KV heads, heads of the layout."""
+    check_backend(backend, random_problem(*heads, 70, 90, 16, width=16))
 
 
 @pytest.mark.parametrize("width", [8, 16, 48, 64, 80, 96, 112, 160, 192, 256])
@@ -78,11 +84,11 @@ def test_random_layouts(backend, seed, heads, lengths, block, causal, batch, dls
     check_backend(backend, random_problem(*heads, *lengths, block, causal=causal, width=16, batch=batch, dlse=dlse, **scoring))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("lengths", [(150, 90), (5, 130)], ids=str)
-def test_softcap_and_sinks(backend: Backend, scoring: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+def test_softcap_and_sinks(backend_and_dtype: tuple[Backend, torch.dtype], scoring: str, lengths: tuple[int, int]) -> None:
     """With grouped heads, and, where there are more queries than keys, rows that see nothing."""
+    backend, dtype = backend_and_dtype
     p = random_problem(4, 2, 2, *lengths, 32, causal=True, batch=2, **SCORINGS[scoring])
     assert lengths[0] < lengths[1] or not p.mask.any(-1).all()
     check_backend(backend, p, dtype)
@@ -118,9 +124,9 @@ def test_sinks_far_from_the_logits(backend: Backend, sink: float) -> None:
         torch.testing.assert_close(got.lse[seen], without.lse[seen])
 
 
-def test_a_cap_far_above_the_logits_changes_nothing(backend: Backend) -> None:
+def test_a_cap_far_above_the_logits_changes_nothing(plain_backend: Backend) -> None:
     p = random_problem(4, 2, 2, 100, 70, 32).to(torch.float64)
-    plain, got = run(backend, p), run(backend, replace(p, softcap=1e6))
+    plain, got = run(plain_backend, p), run(plain_backend, replace(p, softcap=1e6))
     for name in ("out", "lse", "dq", "dk", "dv"):
         torch.testing.assert_close(getattr(got, name), getattr(plain, name), atol=1e-9, rtol=1e-9)
 
@@ -205,13 +211,15 @@ def test_same_bits_every_time_and_whatever_else_is_in_the_batch(
     backend: Backend, heads: tuple[int, int], seqlen_q: int, bent: bool
 ) -> None:
     scoring = {"softcap": 2.0, "sinks": torch.randn(heads[0])} if bent else {}
-    for dtype in (torch.float32, torch.float64):
-        p = random_problem(*heads, 1, seqlen_q, 200, 32, batch=5, width=64, **scoring).to(dtype)
+    small = backend.name == "triton"  # the interpreter takes its time
+    for dtype in (torch.float32, torch.float16 if small else torch.float64):
+        shape = {"batch": 2, "width": 16} if small else {"batch": 5, "width": 64}
+        p = random_problem(*heads, 1, min(seqlen_q, 100) if small else seqlen_q, 100 if small else 200, 32, **shape, **scoring).to(dtype)
         first, second = run(backend, p), run(backend, p)
-        alone = run(backend, replace(p, **{name: getattr(p, name)[3:4] for name in ("q", "k", "v", "dout", "dlse")}))
+        alone = run(backend, replace(p, **{name: getattr(p, name)[-1:] for name in ("q", "k", "v", "dout", "dlse")}))
         for name in ("out", "lse", "dq", "dk", "dv"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
-            assert torch.equal(getattr(first, name)[3:4], getattr(alone, name)), name
+            assert torch.equal(getattr(first, name)[-1:], getattr(alone, name)), name
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -228,20 +236,20 @@ def test_packing_does_not_change_bits(backend: Backend) -> None:
 
 @pytest.mark.parametrize("scoring", ["plain", "both"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_masked_keys_never_leak(backend: Backend, value: float, scoring: str) -> None:
+def test_masked_keys_never_leak(plain_backend: Backend, value: float, scoring: str) -> None:
     """Bad numbers in keys that a query does not see change nothing for it: not in other blocks, not inside its own partial blocks."""
     p = random_problem(4, 2, 2, 150, 150, 32, causal=True, width=16, **SCORINGS.get(scoring, {})).to(torch.float32)
-    clean = run(backend, p)
+    clean = run(plain_backend, p)
     for broken in ([140], [70, 71], [3, 40, 149]):
         k, v = p.k.clone(), p.v.clone()
         k[:, broken[:1], :, 3], v[:, broken] = value, value
         seen = p.mask[:, :, broken].any(-1).t()[None]
         dirty = replace(p, k=k, v=v)
-        out, lse = backend.forward(*dirty.arguments)
+        out, lse = plain_backend.forward(*dirty.arguments)
         assert torch.allclose(out[~seen], clean.out[~seen], atol=1e-5)
         assert torch.allclose(lse.transpose(1, 2)[~seen], clean.lse.transpose(1, 2)[~seen], atol=1e-5)
         assert not out[seen].isfinite().all(-1).any()
-        dq = run(backend, dirty).dq
+        dq = run(plain_backend, dirty).dq
         assert torch.allclose(dq[~seen], clean.dq[~seen], atol=1e-5)
 
 
@@ -276,13 +284,13 @@ class Attend(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("scoring", ["plain", *SCORINGS])
-def test_gradients_are_derivatives(backend: Backend, scoring: str) -> None:
+def test_gradients_are_derivatives(plain_backend: Backend, scoring: str) -> None:
     """Those of q, k and v; that of the sinks is the op's, and tested there."""
     mask = random_mask(2, 20, 24, 16) | torch.eye(20, 24, dtype=torch.bool)
     layout = Layout.from_dense(mask, block=16)
     p = make_problem(layout, mask, heads=4, kv_heads=2, width=3, v_width=2, **SCORINGS.get(scoring, {}))
     inputs = [x.requires_grad_() for x in (p.q, p.k, p.v)]
-    assert torch.autograd.gradcheck(lambda q, k, v: Attend.apply(q, k, v, backend, p.layout, p.scoring), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: Attend.apply(q, k, v, plain_backend, p.layout, p.scoring), inputs, fast_mode=True)
 
 
 def test_sharp_softmax(backend: Backend) -> None:

@@ -62,13 +62,6 @@ def test_packed_sequences(triton_backend, poisoned_empty):
     check_backend(triton_backend, make_problem(layout, mask, heads=2, kv_heads=1, width=16))
 
 
-@pytest.mark.parametrize("dim", [16, 48, 80, 96, 112, 160, 192, 256])
-def test_head_widths(dim, triton_backend, poisoned_empty):
-    pattern = Local(1, 32)
-    problem = make_problem(build_layout(pattern, 1, 1, 40), dense_mask(pattern, 1, 1, 40, 40), heads=1, kv_heads=1, width=dim)
-    check_backend(triton_backend, problem)
-
-
 def test_any_strides_and_the_same_bits(triton_backend):
     q, k, v = tensors(80, 80, 2, 1, 16, 16, torch.float32)
     layout = build_layout(Window(30), 2, 1, 80)
