@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from s2attn.bench.cases import cpu_suite, quick_suite
-from s2attn.bench.peers import PEERS
+from s2attn.bench.peers import CPU_PEERS
 from s2attn.bench.runner import Effort, run_suite, write_record
 from s2attn.cli.screen import console, show_times
 from s2attn.core import bad_value
@@ -50,6 +50,6 @@ def read_lengths(text: str) -> list[int]:
 def read_peers(text: str) -> list[str]:
     """Names of peers, separated by commas, in the order of the table."""
     words = {word.strip() for word in text.split(",")}
-    if not words or words - set(PEERS):
-        raise bad_value("--peers", f"must be some of {', '.join(PEERS)}, separated by commas", repr(text))
-    return [name for name in PEERS if name in words]
+    if not words or words - set(CPU_PEERS):
+        raise bad_value("--peers", f"must be some of {', '.join(CPU_PEERS)}, separated by commas", repr(text))
+    return [name for name in CPU_PEERS if name in words]
