@@ -51,9 +51,7 @@ class CudaMeter(Meter):
 
     def arm(self, call: Call, start: Call) -> Armed:
         self.begin(start)
-        for _ in range(2):
-            call()
-        if statistics.median(self.seconds(call) for _ in range(3)) >= GRAPH_BELOW_S:
+        if self.seconds(call) >= 5 * GRAPH_BELOW_S or statistics.median(self.seconds(call) for _ in range(3)) >= GRAPH_BELOW_S:
             return Armed(call, "events")
         try:
             return Armed(self._graph(call, start), "graph")
@@ -85,16 +83,14 @@ class CudaMeter(Meter):
         self.sync()
         return replay
 
-    def host_seconds(self, call: Call, repeats: int = 11) -> float | None:
-        taken = []
-        for _ in range(repeats):
+    def host_seconds(self, call: Call, repeats: int = 21, budget_s: float = 0.2) -> float | None:
+        taken, first = [], time.perf_counter()
+        while len(taken) < repeats and time.perf_counter() - first < budget_s:
             self.sync()
             began = time.perf_counter()
             call()
             taken.append(time.perf_counter() - began)
-            if sum(taken) > 0.5:
-                break
-        self.sync()
+            self.sync()
         return statistics.median(taken)
 
     def peak_bytes(self, call: Call) -> int | None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from s2attn.bench.cases import AttentionCase
-from s2attn.bench.peers import Attend, Peer, Prepared, case_layout, listed_pairs
+from s2attn.bench.peers import NO_CUDA, Attend, Peer, Prepared, case_layout, listed_pairs
 from s2attn.bench.rows import Skip
-from s2attn.layout import to_block_mask
+from s2attn.layout import Layout, to_block_mask
 from s2attn.patterns import And, Dense, Head, Local, Or, Pattern, PerHead, Power, Random, Shape, Sink, Stride, Window
 
 DEFAULT_BLOCK = 128  # FlexAttention's own, which its default kernels on graphics cards need
@@ -51,9 +51,10 @@ class FlexTuned(Peer):
     name = "flex-tuned"
     slow = True
 
+    def absence(self) -> str | None:
+        return None if self.device == "cuda" else NO_CUDA
+
     def prepare(self, case: AttentionCase) -> Prepared:
-        if self.device != "cuda":
-            raise Skip("needs a CUDA device")
         found, reasons = [], []
         for block, options in choices(case):
             try:
@@ -91,20 +92,23 @@ def choices(case: AttentionCase) -> list[tuple[int, dict[str, int]]]:
 
 def prepared(case: AttentionCase, block: int, options: dict[str, int], device: str) -> Prepared:
     """FlexAttention at one block and with some kernel options; its lists come from ours, its token mask is written by hand."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    mask = mask_function(case.pattern, case, device)
     began = time.perf_counter()
     layout = case_layout(case, device, block)
-    ours = to_block_mask(layout, case.heads)
-    lists = (ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices)
-    block_mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=mask, seq_lengths=(case.seqlen, case.seqlen))
+    block_mask = mask_from(case, layout)
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     facts = {"mask_block": block, "kernel_options": options, "metadata": "lists made by s2attn"}
     pairs, executed = listed_pairs(case, layout)
     return Prepared(_attend(case, block_mask, options), True, seconds, _bytes_of(block_mask), case.pattern, pairs, executed, facts)
+
+
+def mask_from(case: AttentionCase, layout: Layout) -> Any:
+    """A `BlockMask` with the blocks of a layout of the case and the token mask that is written by hand."""
+    mask, ours = mask_function(case.pattern, case, str(layout.device)), to_block_mask(layout, case.heads)
+    lists = (ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices)
+    lengths = (case.seqlen, case.seqlen)
+    return _flex().BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=layout.block, mask_mod=mask, seq_lengths=lengths)
 
 
 def _flex() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Journal:
         earlier: the record of a run that was stopped; its cases are not run again.
         state: a file that names the case and the peer that are being run, for whoever watches this process.
         crashes: what is known of runs that were stopped: ``{"case": ..., "peer": ..., "why": ...}`` each.
+        tell: called with the rows of each case.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Journal:
         earlier: Record | None = None,
         state: Path | None = None,
         crashes: Sequence[Row] = (),
+        tell: Callable[[Sequence[Row]], object] | None = None,
     ):
-        self.path, self.state, self.crashes = path, state, list(crashes)
+        self.path, self.state, self.crashes, self.tell = path, state, list(crashes), tell
         self.rows: list[Row] = list(earlier["rows"]) if earlier else []
         self._before_s = float(earlier["seconds"]) if earlier else 0.0
 
@@ -55,15 +57,17 @@ class Journal:
             write_atomically(self.state, json.dumps({"case": case, "peer": peer, "why": why}))
 
     def crash_of(self, case: str, peer: str) -> str | None:
-        """Why a peer must not be tried in a case: it has stopped a run there, or three runs elsewhere."""
+        """Why a peer must not be tried in a case: it has stopped a run there, or three runs elsewhere, or all peers together have there."""
         own = [crash for crash in self.crashes if crash["peer"] == peer]
-        here = [crash["why"] for crash in own if crash["case"] == case]
+        here = [crash["why"] for crash in self.crashes if crash["case"] == case and crash["peer"] in (peer, "")]
         return here[0] if here else (f"left out: it stopped {len(own)} runs" if len(own) >= 3 else None)
 
     def add(self, rows: Sequence[Row], record: Record) -> None:
         """Take the rows of a case, and write ``record`` with all rows."""
         self.rows.extend(rows)
         self.write(record)
+        if self.tell is not None:
+            self.tell(rows)
 
     def write(self, record: Record) -> Record:
         """Write ``record`` with all rows and the seconds of all runs, and return it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2attn.bench.cases import AttentionCase
-from s2attn.bench.peers import Peer, Prepared, case_layout, listed_pairs
+from s2attn.bench.peers import NO_CUDA, Peer, Prepared, case_layout, listed_pairs
 from s2attn.bench.rows import Skip
 from s2attn.layout import Layout
 from s2attn.layout.entries import entries_of
@@ -32,11 +32,13 @@ class Original(Peer):
         super().__init__(device)
         self.path = path
 
-    def prepare(self, case: AttentionCase) -> Prepared:
+    def absence(self) -> str | None:
         if self.path is None:
-            raise Skip("no checkout given")
-        if self.device != "cuda":
-            raise Skip("needs a CUDA device")
+            return "no checkout given"
+        return None if self.device == "cuda" else NO_CUDA
+
+    def prepare(self, case: AttentionCase) -> Prepared:
+        assert self.path is not None
         interface = load_original(self.path)
         began = time.perf_counter()
         layout = case_layout(case, "cpu")

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2attn.bench.cases import AttentionCase
-from s2attn.bench.rows import Skip
 from s2attn.core import bad_value
 from s2attn.layout import Layout, build_layout
 from s2attn.ops import attention
@@ -49,6 +48,9 @@ class Prepared:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+NO_CUDA = "needs a CUDA device"
+
+
 class Peer(ABC):
     """One way to compute a case on ``device`` (``"cpu"`` or ``"cuda"``).
 
@@ -64,9 +66,13 @@ class Peer(ABC):
     def __init__(self, device: str = "cpu"):
         self.device = device
 
+    def absence(self) -> str | None:
+        """Why the peer cannot take part in any case here."""
+        return None
+
     @abstractmethod
     def prepare(self, case: AttentionCase) -> Prepared:
-        """Everything that is done once per mask; raises `Skip` where the peer cannot serve the case."""
+        """Everything that is done once per mask; raises `s2attn.bench.rows.Skip` where the peer cannot serve the case."""
 
 
 def case_layout(case: AttentionCase, device: str, block: int | None = None) -> Layout:
@@ -113,9 +119,10 @@ class Sdpa(Peer):
     kind: str | None = None
     """The name in ``torch.nn.attention.SDPBackend`` that is forced; torch chooses where it is None."""
 
+    def absence(self) -> str | None:
+        return NO_CUDA if self.kind is not None and self.device != "cuda" else None
+
     def prepare(self, case: AttentionCase) -> Prepared:
-        if self.kind is not None and self.device != "cuda":
-            raise Skip("needs a CUDA device")
         facts = {} if self.kind is None else {"sdpa_backend": self.kind}
         grouped = case.heads != case.kv_heads
         attend = dense_attention(self.kind, grouped)
@@ -169,15 +176,16 @@ def _repeated(attend: Attend, group: int) -> Attend:
 
 
 class FromFile(Peer):
-    """A peer from a Python file: its function ``prepare(case, device)`` returns a `Prepared`, or raises `Skip`."""
+    """A peer from a Python file: its function ``prepare(case, device)`` returns a `Prepared`, or raises `s2attn.bench.rows.Skip`."""
 
     def __init__(self, name: str, path: Path, device: str = "cpu"):
         super().__init__(device)
         self.name, self.path = name, path
 
+    def absence(self) -> str | None:
+        return None if self.path.is_file() else f"no file {self.path}"
+
     def prepare(self, case: AttentionCase) -> Prepared:
-        if not self.path.is_file():
-            raise Skip(f"no file {self.path}")
         spec = importlib.util.spec_from_file_location(f"peer_{self.name.replace('-', '_')}", self.path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -125,11 +125,13 @@ class Field:
 
     def enter(self, peer: Peer, oracle: Oracle, arranged: Arranged, deadline: float) -> None:
         """Prepare a peer and check its result; a peer that breaks must not take the others' numbers with it."""
-        crash = self.journal.crash_of(self.case.name, peer.name)
+        crash, absence = self.journal.crash_of(self.case.name, peer.name), peer.absence()
         try:
             if crash is not None:
                 self.missing[peer.name] = ("failed", crash)
                 return
+            if absence is not None:
+                raise Skip(absence)
             if time.perf_counter() > deadline:
                 raise Skip("the time for all timings was over")
             if peer.slow and not self.case.all_peers:
@@ -270,7 +272,7 @@ def run_suite(
     made = [one for peer in peers for one in ([peer] if isinstance(peer, Peer) else make_peers([peer], device))]
     began, journal, meter = time.perf_counter(), journal or Journal(), meter_for(device)
     host = dict(host_facts(device) if facts is None else facts)
-    record: Record = {"schema": SCHEMA, "suite": name, "host": host, "seed": seed, "complete": False, "seconds": 0.0}
+    record: Record = {"schema": SCHEMA, "suite": name, "host": host, "device": device, "seed": seed, "complete": False, "seconds": 0.0}
     deadline = began + limit_s
     with compiling_anew(), what_is_there_stays():
         for case in cases:

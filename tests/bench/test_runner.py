@@ -166,7 +166,7 @@ def test_the_record_has_its_schema(tmp_path: Path) -> None:
     assert named == ["128 fwd", "128 fwd+bwd", "layout"]
     read = json.loads(write_record(record, tmp_path / "records" / "quick.json").read_text())
     assert read == json.loads(json.dumps(record))
-    assert set(read) == {"schema", "suite", "host", "seed", "complete", "seconds", "rows"}
+    assert set(read) == {"schema", "suite", "host", "device", "seed", "complete", "seconds", "rows"}
     assert read["schema"] == 2 and read["complete"]
     assert {"processor", "cores", "threads", "torch", "s2attn", "commit", "made"} <= set(read["host"])
     needed = {"case", "op", "pattern", "dtype", "seqlen", "heads", "kv_heads", "head_dim", "batch", "block", "peer", "status"}
