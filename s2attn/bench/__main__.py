@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def _run(given: argparse.Namespace) -> int:
     from s2attn.bench.tables import record_text
 
     names = ("suites", "size", "peers", "peer_path", "backend", "limit", "cases", "out", "seed", "commit")
+    # Told to end, end the watched process, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = plan_of(**{name: getattr(given, name) for name in names})
     for record in run_plan(plan):
         print(f"\n{record_text(record)}\nRecord: {plan.path(record['suite'])}")

@@ -118,7 +118,7 @@ def cuda_facts() -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        **_ceilings(),
+        **_ceilings_or_why(),
     }
 
 
@@ -129,6 +129,15 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found[0] if found else None
+
+
+def _ceilings_or_why() -> dict[str, Any]:
+    try:
+        return _ceilings()
+    except RuntimeError as error:  # a card too small for them can still be measured
+        return {"ceilings_failed": str(error).splitlines()[0][:200]}
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _ceilings(size: int = 8192) -> dict[str, float]:

@@ -137,8 +137,9 @@ def _seconds(attend: Attend, case: AttentionCase) -> float:
     shapes = [(case.batch, n, case.seqlen, case.head_dim) for n in (case.heads, case.kv_heads, case.kv_heads)]
     q, k, v = (torch.randn(shape, dtype=dtype, device="cuda", requires_grad=case.backward) for shape in shapes)
     if not case.backward:
-        attend(q, k, v)
-        return meter.seconds(lambda: attend(q, k, v))
+        with torch.no_grad():  # as it will be called: another grad mode would compile again
+            attend(q, k, v)
+            return meter.seconds(lambda: attend(q, k, v))
     out = attend(q, k, v)
     dout = torch.randn_like(out)
     torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)

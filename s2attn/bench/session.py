@@ -197,8 +197,8 @@ def run_plan(plan: Plan) -> list[Record]:
             if ended is None:
                 break
             crashes.append(ended)
-            print(f"restart: {ended['peer'] or 'timing'} in {ended['case']}: {ended['why']}", flush=True)
-    return [_finished(plan, suite) for suite in plan.suites]
+            print(f"ended: {ended['peer'] or 'timing'} in {ended['case']}: {ended['why']}", flush=True)
+    return [_finished(plan, suite, crashes) for suite in plan.suites]
 
 
 def _one_process(plan: Plan, folder: Path, deadline: float, crashes: Sequence[Row]) -> Row | None:
@@ -240,8 +240,8 @@ def _watch(process: subprocess.Popen[bytes], state: Path, deadline: float, stall
             return f"nothing new began for {stall_s:.0f} seconds"
 
 
-def _finished(plan: Plan, suite: str) -> Record:
-    """The record of a suite with a row for whatever was not run."""
+def _finished(plan: Plan, suite: str, crashes: Sequence[Row]) -> Record:
+    """The record of a suite with a row, and a reason, for whatever was not run."""
     if plan.path(suite).exists():
         record = read_record(plan.path(suite))
     else:
@@ -249,12 +249,17 @@ def _finished(plan: Plan, suite: str) -> Record:
         record = {"schema": SCHEMA, "suite": suite, **facts, "complete": False, "seconds": 0.0, "rows": []}
     if record["complete"]:
         return record
-    journal, device = Journal(plan.path(suite), earlier={**record, "seconds": 0.0}), str(record["device"])
+    journal, device = Journal(plan.path(suite), earlier={**record, "seconds": 0.0}, crashes=crashes), str(record["device"])
     paths = {name: Path(path) for name, path in plan.paths.items()}
     peers = make_peers(plan.names(device), device, backend=plan.backend, paths=paths)
-    missing = [case for case in plan.suite(suite) if not journal.has(case.name)]
-    why = "the time for all timings was over, or too many runs had ended before"
-    rows = [{**case.facts(), "peer": name, "status": "skipped", "why": why} for case in missing for name in names_in(case, peers, device)]
+    late = "the time for all timings was over, or too many runs had ended before"
+    rows: list[Row] = []
+    for case in plan.suite(suite):
+        if not journal.has(case.name):
+            for name in names_in(case, peers, device):
+                crash = journal.crash_of(case.name, name)
+                reason = {"status": "skipped", "why": late} if crash is None else {"status": "failed", "why": crash}
+                rows.append({**case.facts(), "peer": name, **reason})
     journal.add(rows, record)
     return read_record(plan.path(suite))
 

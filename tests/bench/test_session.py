@@ -13,17 +13,19 @@ from s2attn.bench.journal import DeviceLost, Journal, read_record, write_atomica
 from s2attn.bench.peers import Peer, Prepared, Sdpa
 from s2attn.bench.rows import Effort
 from s2attn.bench.runner import run_case, run_suite
-from s2attn.bench.session import Plan, plan_of, run_plan, work
+from s2attn.bench.session import Plan, _finished, plan_of, run_plan, work
 from s2attn.bench.suites import attention_suite
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 CASES = attention_suite("forward", "tiny")[:3]
 PEER = """
 import os
+import sys
 from s2attn.bench.peers import Sdpa
 
 
 def prepare(case, device):
+    assert not {"typer", "rich", "matplotlib"} & set(sys.modules), "the benchmark must run where these are not installed"
     if "dense" in case.name:
         os.kill(os.getpid(), 9)
     return Sdpa(device).prepare(case)
@@ -110,6 +112,17 @@ def test_suites_share_a_limit_and_what_is_left_says_so(tmp_path: Path) -> None:
         assert all("seconds for all timings were over" in row["why"] for row in record["rows"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prefill.json", "train.json"]
     assert work(plan) == []
+
+
+def test_a_run_that_never_ended_has_a_row_for_everything(tmp_path: Path) -> None:
+    plan, case = Plan(str(tmp_path), ("forward",), "tiny", ("s2attn", "sdpa")), attention_suite("forward", "tiny")[0]
+    with pytest.raises(KeyboardInterrupt):
+        run_suite("forward", CASES, peers=["sdpa", Stops()], effort=FAST, journal=Journal(plan.path("forward")))
+    record = _finished(plan, "forward", [{"case": CASES[2].name, "peer": "sdpa", "why": "signal 11"}])
+    assert not record["complete"] and {row["case"] for row in record["rows"]} == {one.name for one in attention_suite("forward", "tiny")}
+    late = {(row["case"], row["peer"]): (row["status"], row["why"]) for row in record["rows"] if row["case"] != case.name}
+    assert late.pop((CASES[2].name, "sdpa")) == ("failed", "signal 11")
+    assert set(late.values()) == {("skipped", "the time for all timings was over, or too many runs had ended before")}
 
 
 def test_the_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
