@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs format clean
+.PHONY: help demo test lint docs format gpu-bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -13,12 +13,18 @@ TRITON := triton==3.6.0; sys_platform == 'linux'
 # One torch thread per worker: workers that share cores must not fight for them.
 WORKERS ?= auto
 ARGS ?=
+# For gpu-bench: which suites (separated by commas), full or tiny, and seconds for all of them.
+SUITES ?= forward,backward,train,prefill
+SIZE ?= full
+LIMIT ?= 540
+comma := ,
 
 help:
 	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
+	@echo "make gpu-bench   time attention on a graphics card within 10 minutes, with PYTHON's own torch and Triton; records go to OUT"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make clean   remove what the other targets made, .venv included"
 
@@ -40,6 +46,10 @@ docs: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# No .venv: a machine with a graphics card has its own torch, and perhaps no network.
+gpu-bench:
+	$(PYTHON) -m s2attn.bench run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -9,17 +9,23 @@ from typing import Any
 from s2attn.core import bad_value, check_block, check_int
 from s2attn.patterns import Dense, Local, Pattern, Power, Sink, Stride, Window
 
-OPS = ("forward", "forward_backward")
-SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd"}
+OPS = {"forward": 1.0, "forward_backward": 3.5, "backward": 2.5}
+"""What can be timed, and its floating-point operations in those of a forward pass."""
+SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd", "backward": "bwd"}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Causal self-attention of one shape with one pattern, float32, random normal inputs.
+    """Causal self-attention of one shape with one pattern, random normal inputs; nothing in it depends on a device.
 
     Attributes:
-        op: ``"forward"``, or ``"forward_backward"`` for the gradients of q, k and v as well.
-        block: tokens per block, for us and for every block-sparse peer.
+        op: ``"forward"``; ``"backward"`` for the gradients of q, k and v alone, behind a forward pass that is not timed; or
+            ``"forward_backward"`` for both together.
+        block: tokens per block, for us and for every block-sparse peer that can have it.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        all_peers: peers that take long to prepare take part, too.
+        halves: names of the cases that hold this one's heads in two parts, so that the times can be compared.
     """
 
     name: str
@@ -31,10 +37,15 @@ class AttentionCase:
     head_dim: int = 64
     batch: int = 1
     block: int = 64
+    dtype: str = "float32"
+    all_peers: bool = False
+    halves: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise bad_value("op", f"must be one of {', '.join(OPS)}", repr(self.op))
+        if self.dtype not in DTYPES:
+            raise bad_value("dtype", f"must be one of {', '.join(DTYPES)}", repr(self.dtype))
         for field in ("seqlen", "heads", "kv_heads", "head_dim", "batch"):
             check_int(field, getattr(self, field), 1)
         if self.heads % self.kv_heads:
@@ -43,7 +54,7 @@ class AttentionCase:
 
     @property
     def backward(self) -> bool:
-        return self.op == "forward_backward"
+        return self.op != "forward"
 
     @property
     def pairs_dense(self) -> int:
@@ -51,13 +62,14 @@ class AttentionCase:
         return self.batch * self.heads * self.seqlen * (self.seqlen + 1) // 2
 
     def flops(self, pairs: int) -> int:
-        """Floating-point operations for so many listed pairs: 4 D each forward, 2.5 times as many more backward."""
-        return round(4 * self.head_dim * pairs * (3.5 if self.backward else 1.0))
+        """Floating-point operations for so many listed pairs: 4 D each forward, 2.5 times as many backward."""
+        return round(4 * self.head_dim * pairs * OPS[self.op])
 
     def facts(self) -> dict[str, Any]:
         """The case as plain values for a record."""
         shape = {field: getattr(self, field) for field in ("seqlen", "heads", "kv_heads", "head_dim", "batch", "block")}
-        return {"case": self.name, "op": self.op, "pattern": repr(self.pattern), "dtype": "float32", **shape}
+        more = {"halves": list(self.halves)} if self.halves else {}
+        return {"case": self.name, "op": self.op, "pattern": repr(self.pattern), "dtype": self.dtype, **shape, **more}
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class LayoutCase:
 
 
 Case = AttentionCase | LayoutCase
+CPU_OPS = ("forward", "forward_backward")
 S2 = Local(16) | Stride(8)
 SPARSER = Local(8) | Stride(16)
 
@@ -92,7 +105,7 @@ def tokens(n: int) -> str:
 
 def length_cases(lengths: Sequence[int], *, backward: bool = True, pattern: Pattern = S2) -> list[Case]:
     """One pattern (S2 when left out), 8 heads of width 64, at every length, forward and perhaps backward."""
-    ops = OPS if backward else OPS[:1]
+    ops = CPU_OPS if backward else CPU_OPS[:1]
     return [AttentionCase(f"{tokens(seqlen)} {SHORT[op]}", op, pattern, seqlen) for op in ops for seqlen in lengths]
 
 
@@ -105,7 +118,7 @@ def cpu_suite(lengths: Sequence[int]) -> list[Case]:
     shapes = [(8, 2), (16, 4)]
     patterns = {"power": Sink(64) | Local(5) | Power(), "sink-window": Sink(64) | Window(1024), "dense": Dense()}
     cases: list[Case] = length_cases(lengths)
-    for op in OPS:
+    for op in CPU_OPS:
         cases.append(AttentionCase(f"{tokens(max(lengths))} {SHORT[op]}, sparser", op, SPARSER, max(lengths)))
         cases += [AttentionCase(f"{tokens(middle)} {SHORT[op]}, {h}/{g} heads", op, S2, middle, heads=h, kv_heads=g) for h, g in shapes]
         cases += [AttentionCase(f"{tokens(middle)} {SHORT[op]}, {name}", op, pattern, middle) for name, pattern in patterns.items()]
@@ -115,5 +128,5 @@ def cpu_suite(lengths: Sequence[int]) -> list[Case]:
 def quick_suite(lengths: Sequence[int]) -> list[Case]:
     """A few seconds of the same kinds of cases, for tests and for a first look; its numbers mean nothing."""
     pattern, shape = Local(2, 32) | Stride(4, block=32), {"heads": 4, "kv_heads": 2, "head_dim": 16, "block": 32}
-    cases: list[Case] = [AttentionCase(f"{tokens(n)} {SHORT[op]}", op, pattern, n, **shape) for n in lengths for op in OPS]
+    cases: list[Case] = [AttentionCase(f"{tokens(n)} {SHORT[op]}", op, pattern, n, **shape) for n in lengths for op in CPU_OPS]
     return [*cases, LayoutCase("layout", Window(64) | Stride(8), 4096, heads=4)]

@@ -44,13 +44,21 @@ def seconds_of(call: Call) -> float:
     return time.perf_counter() - began
 
 
-def time_in_turn(calls: Mapping[str, Call], *, rounds: int = 9, min_rounds: int = 3, budget_s: float = 10.0) -> dict[str, Timing]:
+def time_in_turn(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int = 9,
+    min_rounds: int = 3,
+    budget_s: float = 10.0,
+    measure: Callable[[Call], float] = seconds_of,
+) -> dict[str, Timing]:
     """Time all ``calls`` A B C A B C ..., so that a slow moment of the machine falls on all of them.
 
     Args:
         rounds: turns at most.
         min_rounds: turns at least, however long they take.
         budget_s: after so many seconds no new turn begins.
+        measure: seconds of one call, by the clock that suits the device.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
@@ -58,7 +66,7 @@ def time_in_turn(calls: Mapping[str, Call], *, rounds: int = 9, min_rounds: int 
         if turn >= min_rounds and time.perf_counter() - began > budget_s:
             break
         for name, call in calls.items():
-            taken[name].append(seconds_of(call))
+            taken[name].append(measure(call))
     return {name: Timing.of(seconds) for name, seconds in taken.items()}
 
 
@@ -89,3 +97,60 @@ def _status_bytes(key: str) -> int:
         if line.startswith(f"{key}:"):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {key}")
+
+
+@dataclass(frozen=True)
+class Armed:
+    """A call that is ready to be timed, and how: ``"wall"`` seconds, ``"events"`` around it, or a ``"graph"`` of it between events.
+
+    ``note`` says why it is not timed the way it should be.
+    """
+
+    call: Call
+    how: str
+    note: str = ""
+
+
+class Meter:
+    """Time and memory on a CPU; `s2attn.bench.cuda.CudaMeter` is the one for a graphics card."""
+
+    device = "cpu"
+
+    def sync(self) -> None:
+        """Wait for all work that was handed out."""
+
+    def tidy(self) -> None:
+        """Give memory back that nobody holds."""
+        gc.collect()
+
+    def begin(self, start: Call) -> None:
+        """Do what a call needs before it can be repeated."""
+        start()
+
+    def arm(self, call: Call, start: Call) -> Armed:
+        """Make ``call``, which needs ``start`` once before it, ready to be timed."""
+        self.begin(start)
+        return Armed(call, "wall")
+
+    def seconds(self, call: Call) -> float:
+        """Seconds of one call."""
+        return seconds_of(call)
+
+    def first_seconds(self, call: Call) -> float:
+        """Seconds of a first call, to the end of its work."""
+        began = time.perf_counter()
+        call()
+        self.sync()
+        return time.perf_counter() - began
+
+    def host_seconds(self, call: Call) -> float | None:
+        """Seconds until a call returns while the device still works; None where the two are the same."""
+        return None
+
+    def peak_bytes(self, call: Call) -> int | None:
+        """By how much memory rises above its level before, while ``call`` runs."""
+        return peak_bytes(call)
+
+    def allocated_bytes(self) -> int | None:
+        """Memory that is in use now; None where nobody says."""
+        return None

@@ -6,17 +6,22 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def host_facts() -> dict[str, Any]:
-    """Processor, cores, memory, system, and the versions and commit that ran; plain values."""
+def host_facts(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """Processor, cores, memory, system, and the versions and commit that ran; with ``device="cuda"`` the card, too. Plain values.
+
+    Args:
+        commit: the commit that runs, where the source tree cannot tell.
+    """
     from s2attn import __version__
 
-    return {
+    facts = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -26,9 +31,22 @@ def host_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "s2attn": __version__,
-        "commit": _commit(),
+        "triton": _version("triton"),
+        "commit": commit or _commit(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if device == "cuda":
+        from s2attn.bench.cuda import cuda_facts
+
+        facts.update(cuda_facts())
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

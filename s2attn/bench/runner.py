@@ -1,46 +1,55 @@
-"""Runs cases and writes records: peers in turn, correctness first, and a reason in every row that has no number."""
+"""Runs cases and makes records: peers in turn, correctness first, and a reason in every row that has no number."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2attn.bench.cases import AttentionCase, Case, LayoutCase
-from s2attn.bench.clock import peak_bytes, seconds_of, time_in_turn
+from s2attn.bench.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
 from s2attn.bench.compare import Error, Inputs, Oracle
 from s2attn.bench.host import host_facts
-from s2attn.bench.peers import PEERS, Peer, Prepared, Skip
+from s2attn.bench.journal import SCHEMA, Journal, Record, Row, write_record
+from s2attn.bench.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
+from s2attn.bench.rows import Effort, Skip, compared, one_line, refuse_wrong, still_there
+from s2attn.bench.stack import StackCase
+from s2attn.bench.stacks import run_stack_case, stack_peers
 from s2attn.layout import build_layout, dense_pairs
 
-SCHEMA = 1
-Row = dict[str, Any]
-Record = dict[str, Any]
+__all__ = ["Effort", "Entrant", "meter_for", "run_case", "run_layout_case", "run_suite", "write_record"]
 Note = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much time a case may take: rounds of the peers in turn, and seconds after which no new round begins."""
+class Arranged:
+    """A case's inputs in both orders of axes, each made once and shared by all peers."""
 
-    rounds: int = 9
-    min_rounds: int = 3
-    budget_s: float = 8.0
+    def __init__(self, case: AttentionCase, inputs: Inputs):
+        self.case, self.inputs = case, inputs
+        self._made: dict[bool, tuple[Tensor, ...]] = {}
+
+    def get(self, heads_first: bool) -> tuple[Tensor, ...]:
+        """q, k, v, dout; q, k, v of a backward case want gradients."""
+        if heads_first not in self._made:
+            parts = (self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.dout)
+            made = tuple(axes(x, heads_first) for x in parts)
+            for x in made[:3]:
+                x.requires_grad_(self.case.backward)
+            self._made[heads_first] = made
+        return self._made[heads_first]
 
 
 @dataclass
 class Entrant:
-    """A peer in one case, with its own copies of the inputs in its own order of axes."""
+    """A peer in one case, with the inputs in its own order of axes."""
 
     name: str
     prepared: Prepared
@@ -49,95 +58,175 @@ class Entrant:
     k: Tensor
     v: Tensor
     dout: Tensor
+    dense: bool = False
     first_s: float = 0.0
     error: Error = field(default_factory=lambda: Error(float("nan"), 0.0))
+    out: Tensor | None = None
 
     @classmethod
-    def of(cls, peer: Peer, case: AttentionCase, inputs: Inputs) -> Entrant:
+    def of(cls, peer: Peer, case: AttentionCase, arranged: Arranged) -> Entrant:
         prepared = peer.prepare(case)
-        q, k, v, dout = (_axes(x, prepared.heads_first) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
-        for x in (q, k, v):
-            x.requires_grad_(case.backward)
-        return cls(peer.name, prepared, case, q, k, v, dout)
+        return cls(peer.name, prepared, case, *arranged.get(prepared.heads_first), dense=peer.dense)
 
-    def run(self, dout: Tensor | None = None) -> list[Tensor]:
+    def start(self) -> None:
+        """What has to be there before a call: for a backward case the forward pass, which is not timed."""
+        self.out = None
+        if self.case.op == "backward":
+            self.out = self.prepared.attend(self.q, self.k, self.v)
+
+    def run(self) -> list[Tensor]:
         """What is timed: out, and for a backward case dq, dk, dv; in the peer's own order of axes."""
+        if self.out is not None:
+            return list(torch.autograd.grad(self.out, (self.q, self.k, self.v), self.dout, retain_graph=True))
+        return self.whole(self.dout)
+
+    def whole(self, dout: Tensor) -> list[Tensor]:
+        """out, and for a backward case dq, dk, dv for an output gradient."""
         with torch.set_grad_enabled(self.case.backward):
             out = self.prepared.attend(self.q, self.k, self.v)
         if not self.case.backward:
             return [out]
-        grads = torch.autograd.grad(out, (self.q, self.k, self.v), self.dout if dout is None else dout)
+        grads = torch.autograd.grad(out, (self.q, self.k, self.v), dout)
         return [out.detach(), *grads]
 
-    def check(self, oracle: Oracle) -> None:
+    def check(self, oracle: Oracle, meter: Meter) -> None:
         """The first call, timed, and compared to the oracle."""
-        dout = _axes(oracle.dout(), self.prepared.heads_first)
+        dout = axes(oracle.dout(), self.prepared.heads_first)
         results: list[Tensor] = []
-        self.first_s = seconds_of(lambda: results.extend(self.run(dout)))
+        self.first_s = meter.first_seconds(lambda: results.extend(self.whole(dout)))
         plain = [x.transpose(1, 2) if self.prepared.heads_first else x for x in results]
         self.error = oracle.check(self.prepared.pattern, plain)
-        if not self.error.within:
-            raise ArithmeticError(f"wrong result: error {self.error.error:.2e} where {self.error.bound:.2e} is allowed")
+        refuse_wrong(self.error)
 
 
-def _axes(x: Tensor, heads_first: bool) -> Tensor:
+def axes(x: Tensor, heads_first: bool) -> Tensor:
+    """A contiguous copy in one order of axes or the other."""
     return (x.transpose(1, 2) if heads_first else x).detach().clone(memory_format=torch.contiguous_format)
 
 
-def run_case(case: AttentionCase, peers: Sequence[Peer], effort: Effort, seed: int = 0) -> list[Row]:
-    """One row per peer: a time behind a passed check, or the reason why there is none."""
-    inputs = Inputs.of(case, seed)
-    oracle, entrants, missing = Oracle(case, inputs), {}, {}
-    for peer in peers:
+def meter_for(device: str) -> Meter:
+    """What measures on a device."""
+    if device != "cuda":
+        return Meter()
+    from s2attn.bench.cuda import CudaMeter
+
+    return CudaMeter()
+
+
+@dataclass
+class Field:
+    """The peers of one case: those that are ready, and why the others are not."""
+
+    case: AttentionCase
+    meter: Meter
+    journal: Journal
+    entrants: dict[str, Entrant] = field(default_factory=dict)
+    missing: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def enter(self, peer: Peer, oracle: Oracle, arranged: Arranged, deadline: float) -> None:
+        """Prepare a peer and check its result; a peer that breaks must not take the others' numbers with it."""
+        crash, absence = self.journal.crash_of(self.case.name, peer.name), peer.absence()
         try:
-            entrant = Entrant.of(peer, case, inputs)
-            entrant.check(oracle)
+            if crash is not None:
+                self.missing[peer.name] = ("failed", crash)
+                return
+            if absence is not None:
+                raise Skip(absence)
+            if time.perf_counter() > deadline:
+                raise Skip("the time for all timings was over")
+            if peer.slow and not self.case.all_peers:
+                raise Skip("takes long to prepare, and is in the cases for all peers only")
+            self.journal.mark(self.case.name, peer.name)
+            entrant = Entrant.of(peer, self.case, arranged)
+            entrant.check(oracle, self.meter)
         except Skip as why:
-            missing[peer.name] = ("skipped", str(why))
-        except Exception as error:  # a peer that breaks must not take the others' numbers with it
-            missing[peer.name] = ("failed", _one_line(error))
+            self.missing[peer.name] = ("skipped", str(why))
+        except Exception as error:
+            self.missing[peer.name] = ("failed", one_line(error))
         else:
-            entrants[peer.name] = entrant
-    # The warm-up is where memory is measured.
-    peaks = {name: peak_bytes(entrant.run) for name, entrant in entrants.items()}
-    calls = {name: entrant.run for name, entrant in entrants.items()}
-    timings = time_in_turn(calls, rounds=effort.rounds, min_rounds=effort.min_rounds, budget_s=effort.budget_s)
+            self.entrants[peer.name] = entrant
+            return
+        still_there(self.meter, self.journal, self.case.name, peer.name, self.missing[peer.name][1])
+        self.meter.tidy()
+
+    def arm(self, name: str) -> tuple[Armed, Row] | None:
+        """Make an entrant ready to be timed, and measure what is not its time; None, with a reason, when that breaks."""
+        entrant = self.entrants[name]
+        try:
+            self.meter.begin(entrant.start)
+            measured = {"peak_bytes": self.meter.peak_bytes(entrant.run), "host_s": self.meter.host_seconds(entrant.run)}
+            return self.meter.arm(entrant.run, entrant.start), measured
+        except Exception as error:
+            self.missing[name] = ("failed", one_line(error))
+        still_there(self.meter, self.journal, self.case.name, name, self.missing[name][1])
+        return None
+
+
+def run_case(
+    case: AttentionCase,
+    peers: Sequence[Peer],
+    effort: Effort,
+    seed: int = 0,
+    *,
+    meter: Meter | None = None,
+    journal: Journal | None = None,
+    deadline: float = float("inf"),
+) -> list[Row]:
+    """One row per peer: a time behind a passed check, or the reason why there is none.
+
+    Args:
+        deadline: no peer begins after it, in seconds of ``time.perf_counter``.
+    """
+    meter, journal = meter or Meter(), journal or Journal()
+    inputs = Inputs.of(case, seed, meter.device)
+    oracle, arranged, taking_part = Oracle(case, inputs), Arranged(case, inputs), Field(case, meter, journal)
+    for peer in peers:
+        taking_part.enter(peer, oracle, arranged, deadline)
+    del oracle
+    armed: dict[str, Armed] = {}
+    measured: dict[str, Row] = {}
+    for name in taking_part.entrants:
+        journal.mark(case.name, name)
+        ready = taking_part.arm(name)
+        if ready is not None:
+            armed[name], measured[name] = ready
+    journal.mark(case.name, "")
+    calls = {name: ready.call for name, ready in armed.items()}
+    rounds, least, budget = effort.rounds, effort.min_rounds, effort.budget_s
+    timings = time_in_turn(calls, rounds=rounds, min_rounds=least, budget_s=budget, measure=meter.seconds)
     rows: list[Row] = []
     for peer in peers:
-        facts = {**case.facts(), "peer": peer.name}
-        if peer.name in missing:
-            status, why = missing[peer.name]
+        facts: Row = {**case.facts(), "peer": peer.name}
+        if peer.name in taking_part.missing:
+            status, why = taking_part.missing[peer.name]
             rows.append({**facts, "status": status, "why": why})
             continue
-        entrant, timing = entrants[peer.name], timings[peer.name]
-        rows.append({**facts, "status": "ok", **_numbers(entrant, timing.median_s), "peak_bytes": peaks[peer.name], **timing.facts()})
-    return _compared(rows)
+        entrant = taking_part.entrants[peer.name]
+        numbers = numbers_of(entrant, timings[peer.name], armed[peer.name])
+        rows.append({**facts, "status": "ok", **numbers, **measured[peer.name], **timings[peer.name].facts()})
+    return compared(rows)
 
 
-def _numbers(entrant: Entrant, median_s: float) -> Row:
-    # compile_s is what the first call took beyond the median: a peer's compilation, or the plan that s2attn makes of a layout.
+def numbers_of(entrant: Entrant, timing: Timing, armed: Armed) -> Row:
+    """What is worked out from a time. compile_s is what the first call took beyond the median: compilation, or a plan."""
     case, prepared = entrant.case, entrant.prepared
-    return {
+    notes = [note for note in (prepared.facts.get("note"), armed.note) if note]
+    found = {
+        "dense": entrant.dense,
         "pairs": prepared.pairs,
         "density": prepared.pairs / case.pairs_dense,
+        "executed_density": None if prepared.executed is None else prepared.executed / case.pairs_dense,
         "metadata_s": prepared.metadata_s,
         "metadata_bytes": prepared.metadata_bytes,
-        "compile_s": max(0.0, entrant.first_s - median_s),
-        "effective_gflops": case.flops(prepared.pairs) / median_s / 1e9,
+        "first_s": entrant.first_s,
+        "compile_s": max(0.0, entrant.first_s - timing.median_s),
+        "effective_gflops": case.flops(prepared.pairs) / timing.median_s / 1e9,
         "error": entrant.error.error,
         "error_bound": entrant.error.bound,
+        "timed_by": armed.how,
+        **prepared.facts,
     }
-
-
-def _compared(rows: list[Row]) -> list[Row]:
-    """Add to every timed row its speed-up over each other one, and its efficiency: speed-up over dense times density."""
-    timed = {row["peer"]: row["median_s"] for row in rows if row["status"] == "ok"}
-    for row in rows:
-        if row["status"] == "ok":
-            row["speedup"] = {name: seconds / row["median_s"] for name, seconds in timed.items() if name != row["peer"]}
-            if "sdpa" in row["speedup"]:
-                row["efficiency"] = row["speedup"]["sdpa"] * row["density"]
-    return rows
+    return {**found, "note": "; ".join(notes)} if notes else found
 
 
 def run_layout_case(case: LayoutCase, rounds: int = 3) -> Row:
@@ -151,7 +240,7 @@ def run_layout_case(case: LayoutCase, rounds: int = 3) -> Row:
         timing = time_in_turn({"build": build}, rounds=rounds, min_rounds=1)["build"]
         layout = build()
     except Exception as error:
-        return {**facts, "status": "failed", "why": _one_line(error)}
+        return {**facts, "status": "failed", "why": one_line(error)}
     pairs, dense = int(layout.pairs.sum()), layout.heads * dense_pairs(layout)
     facts.update(status="ok", density=pairs / dense, entries=layout.rows.entries, bytes=layout.nbytes)
     return {**facts, "bytes_per_entry": layout.nbytes / layout.rows.entries, "peak_bytes": peak_bytes(build), **timing.facts()}
@@ -159,43 +248,85 @@ def run_layout_case(case: LayoutCase, rounds: int = 3) -> Row:
 
 def run_suite(
     name: str,
-    cases: Sequence[Case],
+    cases: Sequence[Case | StackCase],
     *,
-    peers: Sequence[str] = tuple(PEERS),
+    peers: Sequence[str | Peer] = CPU_PEERS,
     effort: Effort | None = None,
     seed: int = 0,
     limit_s: float = float("inf"),
     note: Note | None = None,
+    device: str = "cpu",
+    journal: Journal | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Record:
     """Run ``cases`` and return the record: what it ran on, and a row per case and peer.
 
     Args:
-        peers: names from ``PEERS``.
+        peers: names, or peers that are made already.
         limit_s: once so many seconds have passed, the cases that are left are skipped, and say so.
         note: called with the name of each case before it begins.
+        device: ``"cpu"`` or ``"cuda"``.
+        journal: takes the rows of each case as it ends, and knows those of earlier runs.
+        facts: what it ran on; asked for when left out.
     """
-    made, rows, began = [PEERS[peer]() for peer in peers], [], time.perf_counter()
-    with compiling_anew():
+    made = [one for peer in peers for one in ([peer] if isinstance(peer, Peer) else make_peers([peer], device))]
+    began, journal, meter = time.perf_counter(), journal or Journal(), meter_for(device)
+    host = dict(host_facts(device) if facts is None else facts)
+    record: Record = {"schema": SCHEMA, "suite": name, "host": host, "device": device, "seed": seed, "complete": False, "seconds": 0.0}
+    deadline = began + limit_s
+    with compiling_anew(), what_is_there_stays():
         for case in cases:
+            if journal.has(case.name):
+                continue
             if note is not None:
                 note(case.name)
-            if time.perf_counter() - began > limit_s:
-                names = ["s2attn"] if isinstance(case, LayoutCase) else peers
+            if time.perf_counter() > deadline:
+                names = names_in(case, made, device)
                 why = f"the {limit_s:.0f} seconds for all timings were over"
-                rows += [{**case.facts(), "peer": peer, "status": "skipped", "why": why} for peer in names]
+                rows = [{**case.facts(), "peer": peer, "status": "skipped", "why": why} for peer in names]
             elif isinstance(case, LayoutCase):
-                rows.append(run_layout_case(case))
+                rows = [run_layout_case(case)]
+            elif isinstance(case, StackCase):
+                backend = next((peer.backend for peer in made if isinstance(peer, S2Attn)), None)
+                rows = run_stack_case(case, effort or Effort(), seed, backend=backend, meter=meter, journal=journal, deadline=deadline)
             else:
-                rows += run_case(case, made, effort or Effort(), seed)
-            gc.collect()
-    return {"schema": SCHEMA, "suite": name, "host": host_facts(), "seed": seed, "seconds": time.perf_counter() - began, "rows": rows}
+                rows = run_case(case, made, effort or Effort(), seed, meter=meter, journal=journal, deadline=deadline)
+            record["seconds"] = time.perf_counter() - began
+            journal.add(rows, record)
+            torch._dynamo.reset()
+            meter.tidy()
+    return journal.write({**record, "complete": True, "seconds": time.perf_counter() - began})
+
+
+def names_in(case: Case | StackCase, peers: Sequence[Peer], device: str) -> list[str]:
+    """Who has a row in a case."""
+    if isinstance(case, LayoutCase):
+        return ["s2attn"]
+    return stack_peers(case, device) if isinstance(case, StackCase) else [peer.name for peer in peers]
+
+
+@contextmanager
+def what_is_there_stays() -> Iterator[None]:
+    """Keep the garbage collector from walking through all of torch again and again."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
 def compiling_anew() -> Iterator[None]:
-    """Let torch.compile find nothing that an earlier run has left on disk, so that its seconds are those of a new machine."""
+    """Let torch.compile find nothing that an earlier run has left on disk, so that its seconds are those of a new machine.
+
+    Compiled backward passes keep their buffers, so that one can be timed again and again behind one forward pass.
+    """
+    from torch._functorch import config as autograd
+
     known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch._dynamo.config.patch(recompile_limit=64):
+    keep = autograd.patch(donated_buffer=False)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch._dynamo.config.patch(recompile_limit=64), keep:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
             yield
@@ -204,15 +335,3 @@ def compiling_anew() -> Iterator[None]:
                 del os.environ["TORCHINDUCTOR_CACHE_DIR"]
             else:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = known
-
-
-def write_record(record: Record, path: Path) -> Path:
-    """Write a record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return path
-
-
-def _one_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300]

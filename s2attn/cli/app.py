@@ -67,6 +67,61 @@ def cpu(
         bench_cpu(out, lengths=lengths, peers=peers, quick=quick, seed=seed)
 
 
+@bench_app.command()
+def run(
+    suites: Annotated[list[str] | None, typer.Argument(help="forward, backward, train, prefill; all of them when left out.")] = None,
+    size: Annotated[str, typer.Option(help="[bold]full[/bold] on a graphics card; [bold]tiny[/bold] for a first look on a CPU.")] = "full",
+    peers: Annotated[str, typer.Option(help="Who takes part, separated by commas; the usual ones when left out.")] = "",
+    peer_path: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a peer from a checkout or a Python file.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend of s2attn; triton on a graphics card when left out.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds for everything together.")] = 540.0,
+    cases: Annotated[str, typer.Option(help="Only cases whose name holds this text.")] = "",
+    out: Annotated[str | None, typer.Option(help="Folder for the records; the variable OUT, or bench-results, when left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    commit: Annotated[str | None, typer.Option(help="Commit for the records, where the source tree cannot tell.")] = None,
+) -> None:
+    """Suites for a graphics card, within a time limit: attention forward and backward, training and prefill of a layer stack."""
+    with clear_errors():
+        from s2attn.bench.session import plan_of
+        from s2attn.cli.bench import bench_run
+
+        names = {
+            "size": size,
+            "peers": peers,
+            "backend": backend,
+            "limit": limit,
+            "cases": cases,
+            "out": out,
+            "seed": seed,
+            "commit": commit,
+        }
+        bench_run(plan_of(suites or (), peer_path=peer_path or (), **names))
+
+
+@bench_app.command()
+def compare(
+    records: Annotated[list[Path], typer.Argument(help="Records, as JSON files.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw speed-up over density, with the ideal line, into this file.")] = None,
+) -> None:
+    """Records as tables, beside each other."""
+    with clear_errors():
+        from s2attn.cli.bench import bench_compare
+
+        bench_compare(records, plot)
+
+
+@bench_app.command()
+def report(
+    records: Annotated[Path | None, typer.Option(help="Folder of records; those of the package when left out.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("docs/performance.md"),
+) -> None:
+    """The page of all measurements, from records and nothing else: curves, where we lose, and what was never measured."""
+    with clear_errors():
+        from s2attn.cli.bench import bench_report
+
+        bench_report(records, out)
+
+
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False) -> None:
     """Versions, devices, and which backends can run here, with the reasons why the others cannot."""

@@ -1,14 +1,20 @@
-"""``s2attn bench cpu``."""
+"""``s2attn bench``: on this CPU, suites for graphics cards, and what records say."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from s2attn.bench.cases import cpu_suite, quick_suite
-from s2attn.bench.peers import PEERS
+from s2attn.bench.compared import compare_text, speedup_chart
+from s2attn.bench.journal import read_record
+from s2attn.bench.peers import CPU_PEERS
+from s2attn.bench.report import committed_records, write_report
 from s2attn.bench.runner import Effort, run_suite, write_record
+from s2attn.bench.session import Plan, run_plan
+from s2attn.bench.tables import record_text
 from s2attn.cli.screen import console, show_times
 from s2attn.core import bad_value
 from s2attn.lab.report_md import seconds
@@ -39,6 +45,25 @@ def bench_cpu(out: Path, *, lengths: str, peers: str, quick: bool, seed: int) ->
     screen.print(f"Record: [bold]{out}[/bold]")
 
 
+def bench_run(plan: Plan) -> None:
+    """Run suites in a watched process, and print the table of each."""
+    for record in run_plan(plan):
+        print(f"\n{record_text(record)}\nRecord: {plan.path(record['suite'])}")
+
+
+def bench_compare(paths: Sequence[Path], plot: Path | None) -> None:
+    """Print records as tables, and perhaps draw speed-up over density."""
+    records = {path.stem: read_record(path) for path in paths}
+    print(compare_text(records))
+    if plot is not None:
+        print(f"Picture: {speedup_chart(records, plot)}")
+
+
+def bench_report(folder: Path | None, out: Path) -> None:
+    """Write the page of all measurements."""
+    print(f"Page: {write_report(committed_records(folder), out)}")
+
+
 def read_lengths(text: str) -> list[int]:
     """Lengths such as ``"4096,8192"``, ascending."""
     words = [word.strip() for word in text.split(",")]
@@ -50,6 +75,6 @@ def read_lengths(text: str) -> list[int]:
 def read_peers(text: str) -> list[str]:
     """Names of peers, separated by commas, in the order of the table."""
     words = {word.strip() for word in text.split(",")}
-    if not words or words - set(PEERS):
-        raise bad_value("--peers", f"must be some of {', '.join(PEERS)}, separated by commas", repr(text))
-    return [name for name in PEERS if name in words]
+    if not words or words - set(CPU_PEERS):
+        raise bad_value("--peers", f"must be some of {', '.join(CPU_PEERS)}, separated by commas", repr(text))
+    return [name for name in CPU_PEERS if name in words]

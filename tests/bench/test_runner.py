@@ -14,8 +14,10 @@ from s2attn import Dense, Local, LongNet, Pattern, Power, Sink, Stride, Window
 from s2attn.bench.cases import AttentionCase, LayoutCase, cpu_suite, length_cases, quick_suite
 from s2attn.bench.clock import Timing, peak_bytes, time_in_turn
 from s2attn.bench.compare import Inputs, Oracle, sample_rows
+from s2attn.bench.flex import Flex, mask_function
 from s2attn.bench.host import host_facts
-from s2attn.bench.peers import Flex, Peer, Prepared, S2Attn, Sdpa, Skip, mask_function
+from s2attn.bench.peers import Peer, Prepared, S2Attn, Sdpa
+from s2attn.bench.rows import Skip
 from s2attn.bench.runner import Effort, run_case, run_layout_case, run_suite, write_record
 from s2attn.patterns import Head, Shape
 
@@ -164,7 +166,8 @@ def test_the_record_has_its_schema(tmp_path: Path) -> None:
     assert named == ["128 fwd", "128 fwd+bwd", "layout"]
     read = json.loads(write_record(record, tmp_path / "records" / "quick.json").read_text())
     assert read == json.loads(json.dumps(record))
-    assert set(read) == {"schema", "suite", "host", "seed", "seconds", "rows"} and read["schema"] == 1
+    assert set(read) == {"schema", "suite", "host", "device", "seed", "complete", "seconds", "rows"}
+    assert read["schema"] == 2 and read["complete"]
     assert {"processor", "cores", "threads", "torch", "s2attn", "commit", "made"} <= set(read["host"])
     needed = {"case", "op", "pattern", "dtype", "seqlen", "heads", "kv_heads", "head_dim", "batch", "block", "peer", "status"}
     timed = {
@@ -197,7 +200,7 @@ def test_committed_records_can_be_read() -> None:
 
     for path in (Path(s2attn.bench.__file__).parent / "records").glob("*.json"):
         record = json.loads(path.read_text())
-        assert record["schema"] == 1 and record["rows"], path.name
+        assert record["schema"] in (1, 2) and record["rows"], path.name
         assert all(row["status"] == "ok" or row["why"] for row in record["rows"]), path.name
 
 
@@ -213,7 +216,7 @@ def test_suites_hold_what_they_promise() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"op": "sideways"}, "op must be one of forward, forward_backward; got 'sideways'"),
+        ({"op": "sideways"}, "op must be one of forward, forward_backward, backward; got 'sideways'"),
         ({"kv_heads": 3}, r"heads must be a multiple of kv_heads \(3\); got 4"),
         ({"seqlen": 0}, "seqlen must be an integer >= 1; got 0"),
         ({"block": 48}, "block must be one of 16, 32, 64, 128, 256; got 48"),

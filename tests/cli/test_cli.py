@@ -90,6 +90,8 @@ def test_show_draws_heads_that_differ_of_the_layer_that_is_asked_for() -> None:
             ["bench", "cpu", "--peers", "s2attn,fa9"],
             "s2attn: --peers must be some of s2attn, sdpa, flex, separated by commas; got 's2attn,fa9'",
         ),
+        (["bench", "run", "decode"], "s2attn: suites must be some of forward, backward, train, prefill; got 'decode'"),
+        (["bench", "compare", "nothing.json"], "s2attn: [Errno 2] No such file or directory: 'nothing.json'"),
         (["bench", "cpu", "--out", "."], "s2attn: --out must name a file; got ."),
     ],
 )
@@ -130,6 +132,30 @@ def test_bench_writes_a_record(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "ciency" in result.stdout and "Layout of 4,096 tokens" in result.stdout
     assert json.loads(path.read_text())["suite"] == "quick"
+
+
+def test_bench_run_makes_a_plan_of_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2attn.bench import session
+    from s2attn.cli import bench
+
+    plans: list[session.Plan] = []
+    monkeypatch.setattr(bench, "run_plan", lambda plan: plans.append(plan) or [])
+    words = ["--size", "tiny", "--peers", "s2attn,mine", "--peer-path", "mine=a.py", "--limit", "7", "--cases", "dense", "--seed", "3"]
+    result = run("bench", "run", "forward", "train", *words, "--out", str(tmp_path), "--backend", "portable", "--commit", "abc")
+    assert result.exit_code == 0, result.output
+    paths = {"mine": "a.py"}
+    expected = session.Plan(str(tmp_path), ("forward", "train"), "tiny", ("s2attn", "mine"), paths, "portable", 7.0, 3, "dense", "abc")
+    assert plans == [expected]
+
+
+def test_bench_compare_and_report_read_records(tmp_path: Path) -> None:
+    record = Path(s2attn.__file__).parent / "bench/records/cpu-two-cores.json"
+    shown = run("bench", "compare", str(record), str(record), "--plot", str(tmp_path / "speed.png"))
+    assert shown.exit_code == 0, shown.output
+    assert "cpu-two-cores: cpu on AMD EPYC" in shown.stdout and (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    made = run("bench", "report", "--records", str(record.parent), "--out", str(tmp_path / "page.md"))
+    assert made.exit_code == 0, made.output
+    assert "## Where we lose" in (tmp_path / "page.md").read_text()
 
 
 def test_the_quick_demo_goes_all_the_way(tmp_path: Path) -> None:
