@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs format gpu-bench clean
+.PHONY: help demo test lint docs format gpu-bench gpu-tune clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -25,6 +25,7 @@ help:
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
 	@echo "make gpu-bench   time attention on a graphics card within 10 minutes, with PYTHON's own torch and Triton; records go to OUT"
+	@echo "make gpu-tune    measure which tiles are the fastest on a graphics card within 10 minutes; the table goes to OUT"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make clean   remove what the other targets made, .venv included"
 
@@ -50,6 +51,10 @@ format: $(VENV)/.ready-dev
 # No .venv: a machine with a graphics card has its own torch, and perhaps no network.
 gpu-bench:
 	$(PYTHON) -m s2attn.bench run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) $(ARGS)
+
+# Writes into the package's own folder of tables unless OUT names another.
+gpu-tune:
+	$(PYTHON) -m s2attn.bench tune --size $(SIZE) --limit $(LIMIT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -43,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--records", type=Path, default=None, help="folder of records; those of the package when left out")
     report.add_argument("--out", type=Path, default=Path("docs/performance.md"))
     report.set_defaults(command=_report)
+    tune = commands.add_parser("tune", help="measure which tiles are the fastest on this GPU, and write the table")
+    tune.add_argument("--out", type=Path, default=None, help="folder for the table; the variable OUT, or the package's own, when left out")
+    tune.add_argument("--ops", default="forward,dq,dkv", help="separated by commas")
+    tune.add_argument("--dims", default="128,64", help="head widths, separated by commas")
+    tune.add_argument("--blocks", default="64,128,32", help="tokens per block, separated by commas")
+    tune.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    tune.add_argument("--size", default="full", help="full, or tiny for a first look on a CPU")
+    tune.add_argument("--limit", type=float, default=540.0, help="seconds for everything together")
+    tune.set_defaults(command=_tune)
     hidden = commands.add_parser("work")
     hidden.add_argument("job", type=Path)
     hidden.add_argument("state", type=Path)
@@ -78,6 +87,14 @@ def _report(given: argparse.Namespace) -> int:
     from s2attn.bench.report import committed_records, write_report
 
     print(f"Page: {write_report(committed_records(given.records), given.out)}")
+    return 0
+
+
+def _tune(given: argparse.Namespace) -> int:
+    from s2attn.bench.tune import run_tune
+
+    names = ("out", "ops", "dims", "blocks", "dtype", "size", "limit")
+    print("\n".join(run_tune(**{name: getattr(given, name) for name in names}, note=lambda name: print(name, flush=True))))
     return 0
 
 

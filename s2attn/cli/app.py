@@ -52,6 +52,23 @@ def demo(
         show_demo(out, quick=quick, steps=steps, seed=seed, flex=flex)
 
 
+@app.command()
+def tune(
+    out: Annotated[Path | None, typer.Option(help="Folder for the table; the variable OUT, or the package's own, when left out.")] = None,
+    ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv",
+    dims: Annotated[str, typer.Option(help="Head widths, separated by commas.")] = "128,64",
+    blocks: Annotated[str, typer.Option(help="Tokens per block, separated by commas.")] = "64,128,32",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    size: Annotated[str, typer.Option(help="[bold]full[/bold], or [bold]tiny[/bold] for a first look on a CPU.")] = "full",
+    limit: Annotated[float, typer.Option(help="Seconds for everything together.")] = 540.0,
+) -> None:
+    """Measure which tiles are the fastest on this graphics card, and write the table that launches look up."""
+    with clear_errors():
+        from s2attn.bench.tune import run_tune
+
+        print("\n".join(run_tune(out=out, ops=ops, dims=dims, blocks=blocks, dtype=dtype, size=size, limit=limit, note=print)))
+
+
 @bench_app.command()
 def cpu(
     out: Annotated[Path, typer.Option(help="JSON file for the record.")] = Path("bench-cpu.json"),

@@ -81,6 +81,8 @@ def test_blocks(backend: Backend, block: int) -> None:
 def test_random_layouts(backend, seed, heads, lengths, block, causal, batch, dlse, softcap, with_sinks) -> None:
     torch.manual_seed(seed)
     scoring = {"softcap": softcap, "sinks": 3 * torch.randn(heads[0]) if with_sinks else None}
+    if backend.name == "triton":  # the interpreter takes its time
+        lengths, batch = (-(-lengths[0] // 3), -(-lengths[1] // 3)), 1
     check_backend(backend, random_problem(*heads, *lengths, block, causal=causal, width=16, batch=batch, dlse=dlse, **scoring))
 
 

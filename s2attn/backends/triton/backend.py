@@ -35,7 +35,7 @@ class Triton(Backend):
 
     def __init__(self, choose: Choose | None = None) -> None:
         self._choose = choose or find_tiles
-        self._prepared: WeakKeyDictionary[Layout, _Prepared] = WeakKeyDictionary()
+        self._prepared: WeakKeyDictionary[Layout, Prepared] = WeakKeyDictionary()
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Every reason why the kernels cannot serve such tensors here."""
@@ -99,7 +99,7 @@ class Triton(Backend):
         """Tiles and walk of one kernel, found once for each layout and kind of tensors."""
         prepared = self._prepared.get(layout)
         if prepared is None:
-            prepared = self._prepared[layout] = _Prepared()
+            prepared = self._prepared[layout] = Prepared()
         key = (op, q.dtype, q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None)
         way = prepared.ways.get(key)
         if way is None:
@@ -108,7 +108,7 @@ class Triton(Backend):
         return way
 
 
-class _Prepared:
+class Prepared:
     """What was made of one layout: walks by tile, and which one each kind of call takes."""
 
     def __init__(self) -> None:
@@ -149,8 +149,8 @@ def find_tiles(wanted: Situation, device: torch.device, capped: bool) -> Tiles:
     itemsize = 4 if wanted.dtype == "float32" else 2
     limit = 232448
     if device.type == "cuda":
-        name, limit = _gpu(device.index or 0)
-        tuned = None if capped else tuned_tiles(name, _triton_version(), wanted)
+        name, limit = gpu_facts(device.index or 0)
+        tuned = None if capped else tuned_tiles(name, triton_version(), wanted)
         if tuned is not None:
             return tuned
     return choose_tiles(wanted.op, wanted.head_dim, wanted.v_dim, itemsize, wanted.block, limit, capped)
@@ -174,14 +174,14 @@ def _width_objections(q: Tensor, v: Tensor) -> list[str]:
     """Head widths of which no tile fits into this device's shared memory."""
     try:
         for op in ("forward", "dq", "dkv"):
-            choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), 64, _gpu(q.device.index or 0)[1])
+            choose_tiles(op, q.shape[-1], v.shape[-1], q.element_size(), 64, gpu_facts(q.device.index or 0)[1])
     except ValueError:
         return [f"head widths {q.shape[-1]} and {v.shape[-1]} in {q.dtype} need more shared memory than this device has"]
     return []
 
 
 @lru_cache(maxsize=64)
-def _gpu(index: int) -> tuple[str, int]:
+def gpu_facts(index: int) -> tuple[str, int]:
     """Name, and shared memory in bytes that one program can have."""
     from triton.runtime import driver
 
@@ -189,7 +189,7 @@ def _gpu(index: int) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=1)
-def _triton_version() -> str:
+def triton_version() -> str:
     import triton
 
     return triton.__version__

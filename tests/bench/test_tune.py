@@ -1,0 +1,124 @@
+"""`s2attn tune`: what it would measure, what it writes, and that launches find it again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from s2attn.backends.triton import table
+from s2attn.backends.triton.table import Situation, file_name, read_table, tuned_tiles, write_table
+from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
+from s2attn.bench import tune as tuning
+from s2attn.bench.candidates import candidates, check_density, fallback, targets
+from s2attn.bench.tune import check_results, run_tune, tune, tune_lines
+
+SITUATION = Situation("forward", "bfloat16", 128, 128, 64, "medium")
+
+
+def test_the_most_used_situations_come_first_and_each_once():
+    wanted = targets(dims=[64, 128], blocks=[32, 64, 128])
+    assert wanted[0].situation == SITUATION
+    assert len({target.situation for target in wanted}) == len(wanted) == 2 * 3 * 3 * 3
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_problems_lie_in_their_class_of_density(block):
+    for target in targets(dims=[64], blocks=[block], ops=["dq"]) + targets(dims=[16], blocks=[block], ops=["dq"], tiny=True):
+        check_density(target, target.layout(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("limit", sorted(set(SHARED_MEMORY.values())))
+def test_candidates_fit_and_begin_with_the_fallback(limit):
+    for target in targets(dims=[64, 128], blocks=[32, 64]):
+        found = candidates(target.situation, limit)
+        assert found[0] == fallback(target.situation, limit) and len(set(found)) == len(found) > 4
+        assert all(shared_bytes(target.situation.op, tiles, *[target.situation.head_dim] * 2, 2) <= limit for tiles in found)
+
+
+def test_a_table_is_found_again(tmp_path, monkeypatch):
+    tiles = Tiles(128, 64, 8, 3, 16384)
+    write_table(tmp_path / file_name("NVIDIA H200", "3.6.0"), "NVIDIA H200", [(SITUATION, tiles, {"median_s": 1.0})], {})
+    monkeypatch.setenv(table.VARIABLE, str(tmp_path))
+    assert tuned_tiles("NVIDIA H200", "3.6.1", SITUATION) == tiles
+    assert tuned_tiles("NVIDIA H200", "3.7.0", SITUATION) is None
+    assert tuned_tiles("NVIDIA H100", "3.6.0", SITUATION) is None
+    assert tuned_tiles("NVIDIA H200", "3.6.0", Situation("dq", "bfloat16", 128, 128, 64, "medium")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.update(schema=9), "schema must be 1; got 9"),
+        (lambda data: data["rows"][0]["tiles"].update(line_tokens=48), "powers of two"),
+        (lambda data: data["rows"][0]["tiles"].update(num_stages=0), "at least one stage"),
+        (lambda data: data["rows"][0].pop("op"), "KeyError"),
+    ],
+)
+def test_a_table_that_was_damaged_is_refused(tmp_path, change, words):
+    path = tmp_path / "gpu.json"
+    write_table(path, "gpu", [(SITUATION, Tiles(64, 64, 4, 3), {})], {})
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=words):
+        read_table(path)
+
+
+def test_checked_in_tables_hold_what_a_launch_can_use():
+    for path in table.PACKAGED.glob("*.json"):
+        assert read_table(path), path.name
+
+
+def test_wrong_results_are_refused():
+    right = [torch.tensor([1.0, 2.0, -torch.inf])]
+    check_results(right, [torch.tensor([1.0, 2.0, -torch.inf])])
+    for wrong in ([1.1, 2.0, -torch.inf], [1.0, torch.nan, -torch.inf], [1.0, 2.0, 0.0]):
+        with pytest.raises(ArithmeticError, match="wrong result"):
+            check_results(right, [torch.tensor(wrong)])
+
+
+@pytest.fixture
+def interpreted():
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: make gpu-tune measures on it")
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+def test_a_small_run_writes_its_table_row_by_row(tmp_path, interpreted, monkeypatch):
+    wanted = targets(dims=[16], blocks=[16], dtype="float32", tiny=True)[:3]
+    seen = []
+    monkeypatch.setattr(
+        tuning, "write_table", lambda path, device, rows, facts: (seen.append(len(rows)), write_table(path, device, rows, facts))
+    )
+    path, done = tune(wanted, tmp_path, tiny=True)
+    assert seen == [1, 2, 3] and all(m.tiles is not None for m in done), tune_lines(done)
+    assert read_table(path) == {m.target.situation: m.tiles for m in done}
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["median_s"] <= row["fallback_s"] and row["tried"] >= 2 and not row["refused"] for row in rows)
+
+
+def test_what_the_time_did_not_allow_is_said(tmp_path, interpreted):
+    _, done = tune(targets(dims=[16], blocks=[16], ops=["dq"], dtype="float32", tiny=True), tmp_path, tiny=True, limit_s=0.0)
+    assert all("were over" in line for line in tune_lines(done))
+
+
+def test_words_of_the_command_line_are_checked():
+    given = {"out": None, "ops": "dq", "dims": "64", "blocks": "64", "dtype": "bfloat16", "size": "full", "limit": 1.0}
+    for change, words in (
+        ({"size": "huge"}, "--size must be one of full, tiny"),
+        ({"dims": "64,x"}, "--dims must be numbers"),
+        ({"ops": "softmax"}, "ops must be some of forward, dq, dkv"),
+        ({"blocks": "48"}, "blocks must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_tune(**given | change)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="size must be tiny where there is no CUDA device"):
+            run_tune(**given)
+
+
+def test_the_fallback_is_what_launches_choose():
+    assert fallback(SITUATION, 232448) == choose_tiles("forward", 128, 128, 2, 64, 232448)
