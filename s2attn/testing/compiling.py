@@ -11,18 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2attn.backends.triton.specialised import LISTED_TOKENS, choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
 
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel", "delta": "delta_kernel"}
 _POINTERS = {"order": "i32", "line_start": "i32", "line_length": "i32", "ptr": "i64", "full": "i32", "sub_at": "i64", "idx": "i32"}
-_POINTERS |= {"sub": "i32", "tiles": "u8", "key_start": "i32", "key_length": "i32", "query_start": "i32", "query_length": "i32"}
+_POINTERS |= {
+    "sub": "i32",
+    "tiles": "u8",
+    "key_start": "i32",
+    "key_length": "i32",
+    "key_end": "i32",
+    "query_start": "i32",
+    "query_length": "i32",
+}
 _POINTERS |= {"lse": "fp32", "delta": "fp32", "dlse": "fp32"}
-_COUNTS = ("lines", "num_heads", "num_kv_heads", "layout_heads", "tokens")
+_COUNTS = ("lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one kernel for one target; NVIDIA's assembler is asked for registers and spills."""
+    """What the compiler says of one kernel for one target; NVIDIA's assembler is asked for registers and spills.
+
+    ``warps`` counts all of a program: more than were asked for when the compiler has cut the kernel into specialised warp groups.
+    """
 
     registers: int
     spill_bytes: int
@@ -34,6 +46,11 @@ class Compiled:
     def wgmma(self) -> int:
         """Asynchronous warpgroup products (Hopper)."""
         return len(re.findall(r"wgmma\.mma_async", self.ptx))
+
+    @property
+    def handed_over(self) -> int:
+        """Places where warp groups hand registers to each other: 0 when no warp is specialised."""
+        return len(re.findall(r"setmaxnreg", self.ptx))
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -66,10 +83,6 @@ def compile_kernel(
         shared_limit: bytes of shared memory of the target.
         tiles: tiles to try instead of those that a launch would choose.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from s2attn.kernels import backward, forward
 
     kernel = getattr(forward if op == "forward" else backward, KERNELS[op])
@@ -84,13 +97,36 @@ def compile_kernel(
         constants |= {"D": dim, "BLOCK_D": next_power(dim), lines: tiles.line_tokens, listed: tiles.listed_tokens, "RB": block}
         constants |= {"F": tiles.factor(block), "SUBS": tiles.per_block(block), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return _compiled(kernel, arch, dtype, constants, options)
+
+
+def compile_specialised(arch: int, dtype: str, dim: int, block: int, shared_heads: int) -> Compiled:
+    """Compile the warp-specialised forward kernel in the form that a launch would choose.
+
+    Args:
+        arch, dtype, dim, block: as for :func:`compile_kernel`; of ``dim`` 64 or 128, of ``block`` 64 or more.
+        shared_heads: neighbouring query heads that share keys and lists.
+    """
+    from s2attn.kernels.specialised import specialised_forward_kernel
+
+    form = choose_form(dim, block, shared_heads)
+    constants: dict[str, Any] = {"D": dim, "DV": dim, "ROWS": form.rows, "STACK": form.stack, "BLOCK_N": LISTED_TOKENS, "RB": block}
+    constants |= {"SUBS": form.per_block(block), "STAGES": form.stages, "OTHER_STAGES": form.other_stages, "PRECISION": "tf32"}
+    return _compiled(specialised_forward_kernel, arch, dtype, constants, {"num_warps": 4})
+
+
+def _compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     types, constants = signature(kernel, dtype, constants)
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind == "i64" or kind.startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _assembled(made.asm["ptx"], arch)
-    return Compiled(registers, spills, made.metadata.shared, options["num_warps"], made.asm["ptx"])
+    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, made.asm["ptx"])
 
 
 def _assembled(ptx: str, arch: int) -> tuple[int, int]:

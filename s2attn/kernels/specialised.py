@@ -1,0 +1,101 @@
+"""The forward kernel in the form that Triton cuts into a loading warp group and two computing ones (Hopper).
+
+Loads travel ahead of the products through the tensor memory accelerator, and while one computing warp group is in its softmax the other
+can use the tensor cores. Triton 3.6 makes that cut by itself, and only for a kernel that keeps to a narrow form; outside it, it fails or
+(worse) drops the cut without a word. `tests/compile` therefore asks every build whether the cut was made. The form:
+
+* ``num_warps=4``; with another number the cut is silently not made.
+* A tile has 128 query rows: the two computing warp groups take 64 each. They are 128 neighbours (``ROWS = 128``), or the same 64 tokens
+  of two query heads that read the same keys (``ROWS = 64, STACK = 2``), which keeps the granularity of 64 and repeats no work.
+* Whatever reaches a product (queries, keys, values, mask tiles) is loaded by descriptors made in the kernel. A load through pointers of
+  128 elements or more that reaches a product does not compile; loads of single numbers (the index) do, and join the loading warp group.
+* No branch inside the loops. Full and other entries have a loop each, and only the first is marked.
+* What the second loop starts from must be *computed* from what the first one leaves; handed over untouched it does not compile. Adding 0.0
+  is enough, and is not folded away.
+* No reshape, join or concatenation of tiles. So two heads are stacked by loading each into a box of 128 rows (the other half is thrown
+  away), and the mask of all 128 rows is one tile of a table that the launcher prepares.
+
+Rows of a descriptor that lie beyond its end read as zero. Keys end with their own sequence, so a short block reads nothing of the next one.
+"""
+
+import triton
+import triton.language as tl
+
+from s2attn.kernels.forward import which_tile
+from s2attn.kernels.pieces.softmax import softmax_end, softmax_step
+
+
+@triton.jit
+def query_rows(head_ptr, tokens, row, stride_token, stride_head, ROWS: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr):
+    """ROWS tokens of one head from ``row`` on, or of STACK = 2 neighbouring heads one below the other."""
+    tile = tl.make_tensor_descriptor(head_ptr, [tokens, D], [stride_token, 1], [ROWS * STACK, D]).load([row, 0])
+    if STACK == 2:
+        below = tl.make_tensor_descriptor(head_ptr + stride_head, [tokens, D], [stride_token, 1], [ROWS * STACK, D])
+        tile = tl.where((tl.arange(0, ROWS * STACK) < ROWS)[:, None], tile, below.load([row - ROWS, 0]))
+    return tile
+
+
+@triton.jit
+def specialised_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    order_ptr, line_start_ptr, line_length_ptr, ptr_ptr, full_ptr, sub_at_ptr, idx_ptr, sub_ptr, tiles_ptr,
+    key_start_ptr, key_end_ptr,
+    scale_log2, lines, num_heads, num_kv_heads, layout_heads, tokens, tile_rows,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    out_batch, out_token, out_head, lse_batch, lse_head,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, STACK: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr,
+    SUBS: tl.constexpr, STAGES: tl.constexpr, OTHER_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out = softmax(scale * q k^T) v`` and its lse; grid ``(items * SUBS * heads per layout head / STACK, batch)``.
+
+    The arguments are those of `s2attn.kernels.forward.forward_kernel`, except that
+
+    * the innermost strides are 1, all other strides and addresses multiples of 16 bytes, D and DV powers of two, RB >= BLOCK_N;
+    * ``sub_ptr`` has one code per other entry, the number of a tall mask tile in ``tiles_ptr``: ``SUBS * ROWS * STACK`` rows of RB bytes,
+      so ``tile_rows`` rows in all;
+    * ``key_end_ptr`` has, for each line, the first token after the keys of its sequence; ``tokens`` counts the query tokens;
+    * full entries are loaded STAGES tiles ahead, the others OTHER_STAGES ahead, each loop in shared memory of its own.
+    """
+    BLOCK_M: tl.constexpr = ROWS * STACK
+    PER: tl.constexpr = RB // BLOCK_N
+    batch, head, layout_head, line, tile = which_tile(order_ptr, lines, num_heads // STACK, layout_heads, SUBS)
+    batch, head = batch.to(tl.int64), head.to(tl.int64) * STACK
+    kv_head = head // (num_heads // num_kv_heads)
+    row = tl.load(line_start_ptr + line) + tile * ROWS
+    at = layout_head.to(tl.int64) * (lines + 1) + line
+    begin, end = tl.load(ptr_ptr + at), tl.load(ptr_ptr + at + 1)
+    full = tl.load(full_ptr + layout_head.to(tl.int64) * lines + line)
+    others = (end - begin).to(tl.int32) - full
+    codes_ptr = sub_ptr + tl.load(sub_at_ptr + layout_head.to(tl.int64) * lines + line)
+    key_end = tl.load(key_end_ptr + line)
+
+    q_tile = query_rows(q_ptr + batch * q_batch + head * q_head, tokens, row, q_token, q_head, ROWS, STACK, D)
+    k_rows = tl.make_tensor_descriptor(k_ptr + batch * k_batch + kv_head * k_head, [key_end, D], [k_token, 1], [BLOCK_N, D])
+    v_rows = tl.make_tensor_descriptor(v_ptr + batch * v_batch + kv_head * v_head, [key_end, DV], [v_token, 1], [BLOCK_N, DV])
+    masks = tl.make_tensor_descriptor(tiles_ptr, [tile_rows, RB], [RB, 1], [BLOCK_M, BLOCK_N])
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    for i in tl.range(0, full * PER, num_stages=STAGES, warp_specialize=True):
+        key = tl.load(key_start_ptr + tl.load(idx_ptr + begin + i // PER)) + i % PER * BLOCK_N
+        k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile, PRECISION)
+    # The compiler must see the second loop start from computed values (see the module's docstring).
+    acc, m_i, l_i = acc + 0.0, m_i + 0.0, l_i + 0.0
+    for i in tl.range(0, others * PER, num_stages=OTHER_STAGES):
+        key = tl.load(key_start_ptr + tl.load(idx_ptr + begin + full + i // PER)) + i % PER * BLOCK_N
+        code = tl.load(codes_ptr + i // PER)
+        k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
+        mask = masks.load([(code * SUBS + tile) * BLOCK_M, i % PER * BLOCK_N])
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+        acc, m_i, l_i = softmax_step(acc, m_i, l_i, tl.where(mask != 0, scores, float("-inf")), v_tile, PRECISION)
+
+    out, lse = softmax_end(acc, m_i, l_i)
+    lane = tl.arange(0, BLOCK_M)
+    exists = tile * ROWS + lane % ROWS < tl.load(line_length_ptr + line)
+    token, member = (row + lane % ROWS).to(tl.int64), head + lane // ROWS
+    out_rows = out_ptr + batch * out_batch + (member * out_head + token * out_token)[:, None]
+    tl.store(out_rows + tl.arange(0, DV)[None, :], out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse_ptr + batch * lse_batch + member * lse_head + token, lse, mask=exists)
