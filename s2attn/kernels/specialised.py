@@ -1,4 +1,4 @@
-"""The forward kernel in the form that Triton cuts into a loading warp group and two computing ones (Hopper).
+"""The forward kernel in the form that Triton cuts into a loading warp group and two computing ones (sm_90).
 
 Loads travel ahead of the products through the tensor memory accelerator, and while one computing warp group is in its softmax the other
 can use the tensor cores. Triton 3.6 makes that cut by itself, and only for a kernel that keeps to a narrow form; outside it, it fails or
@@ -8,8 +8,8 @@ can use the tensor cores. Triton 3.6 makes that cut by itself, and only for a ke
 * A tile has 128 query rows: the two computing warp groups take 64 each. They are 128 neighbours (``ROWS = 128``), or the same 64 tokens
   of two query heads that read the same keys (``ROWS = 64, STACK = 2``), which keeps the granularity of 64 and repeats no work.
 * Whatever reaches a product (queries, keys, values, mask tiles) is loaded by descriptors made in the kernel. A load through pointers of
-  128 elements or more that reaches a product does not compile; loads of single numbers (the index) do, and join the loading warp group.
-* No branch inside the loops. Full and other entries have a loop each, and only the first is marked.
+  128 elements or more that reaches a product does not compile; loads of fewer (the index) do, in whichever warp group needs them.
+* No branch and no loop inside a loop. Full and other entries have a loop each, and only the first is marked.
 * What the second loop starts from must be *computed* from what the first one leaves; handed over untouched it does not compile. Adding 0.0
   is enough, and is not folded away.
 * No reshape, join or concatenation of tiles. So two heads are stacked by loading each into a box of 128 rows (the other half is thrown
@@ -26,13 +26,22 @@ from s2attn.kernels.pieces.softmax import softmax_end, softmax_step
 
 
 @triton.jit
-def query_rows(head_ptr, tokens, row, stride_token, stride_head, ROWS: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr):
+def tall_rows(head_ptr, tokens, row, stride_token, stride_head, ROWS: tl.constexpr, STACK: tl.constexpr, D: tl.constexpr):
     """ROWS tokens of one head from ``row`` on, or of STACK = 2 neighbouring heads one below the other."""
     tile = tl.make_tensor_descriptor(head_ptr, [tokens, D], [stride_token, 1], [ROWS * STACK, D]).load([row, 0])
     if STACK == 2:
         below = tl.make_tensor_descriptor(head_ptr + stride_head, [tokens, D], [stride_token, 1], [ROWS * STACK, D])
         tile = tl.where((tl.arange(0, ROWS * STACK) < ROWS)[:, None], tile, below.load([row - ROWS, 0]))
     return tile
+
+
+@triton.jit
+def lists(ptr_ptr, full_ptr, sub_at_ptr, idx_ptr, sub_ptr, layout_head, line, lines):
+    """A line's list: its first entry, how many entries are full, how many are not, and the first code of these."""
+    at = layout_head.to(tl.int64) * lines + line
+    begin, end = tl.load(ptr_ptr + at + layout_head), tl.load(ptr_ptr + at + layout_head + 1)
+    full = tl.load(full_ptr + at)
+    return idx_ptr + begin, full, (end - begin).to(tl.int32) - full, sub_ptr + tl.load(sub_at_ptr + at)
 
 
 @triton.jit
@@ -62,14 +71,10 @@ def specialised_forward_kernel(
     batch, head = batch.to(tl.int64), head.to(tl.int64) * STACK
     kv_head = head // (num_heads // num_kv_heads)
     row = tl.load(line_start_ptr + line) + tile * ROWS
-    at = layout_head.to(tl.int64) * (lines + 1) + line
-    begin, end = tl.load(ptr_ptr + at), tl.load(ptr_ptr + at + 1)
-    full = tl.load(full_ptr + layout_head.to(tl.int64) * lines + line)
-    others = (end - begin).to(tl.int32) - full
-    codes_ptr = sub_ptr + tl.load(sub_at_ptr + layout_head.to(tl.int64) * lines + line)
+    list_ptr, full, others, codes_ptr = lists(ptr_ptr, full_ptr, sub_at_ptr, idx_ptr, sub_ptr, layout_head, line, lines)
     key_end = tl.load(key_end_ptr + line)
 
-    q_tile = query_rows(q_ptr + batch * q_batch + head * q_head, tokens, row, q_token, q_head, ROWS, STACK, D)
+    q_tile = tall_rows(q_ptr + batch * q_batch + head * q_head, tokens, row, q_token, q_head, ROWS, STACK, D)
     k_rows = tl.make_tensor_descriptor(k_ptr + batch * k_batch + kv_head * k_head, [key_end, D], [k_token, 1], [BLOCK_N, D])
     v_rows = tl.make_tensor_descriptor(v_ptr + batch * v_batch + kv_head * v_head, [key_end, DV], [v_token, 1], [BLOCK_N, DV])
     masks = tl.make_tensor_descriptor(tiles_ptr, [tile_rows, RB], [RB, 1], [BLOCK_M, BLOCK_N])
@@ -78,14 +83,14 @@ def specialised_forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     for i in tl.range(0, full * PER, num_stages=STAGES, warp_specialize=True):
-        key = tl.load(key_start_ptr + tl.load(idx_ptr + begin + i // PER)) + i % PER * BLOCK_N
+        key = tl.load(key_start_ptr + tl.load(list_ptr + i // PER)) + i % PER * BLOCK_N
         k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
         acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile, PRECISION)
     # The compiler must see the second loop start from computed values (see the module's docstring).
     acc, m_i, l_i = acc + 0.0, m_i + 0.0, l_i + 0.0
     for i in tl.range(0, others * PER, num_stages=OTHER_STAGES):
-        key = tl.load(key_start_ptr + tl.load(idx_ptr + begin + full + i // PER)) + i % PER * BLOCK_N
+        key = tl.load(key_start_ptr + tl.load(list_ptr + full + i // PER)) + i % PER * BLOCK_N
         code = tl.load(codes_ptr + i // PER)
         k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
         mask = masks.load([(code * SUBS + tile) * BLOCK_M, i % PER * BLOCK_N])

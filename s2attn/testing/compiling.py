@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2attn.backends.triton.specialised import LISTED_TOKENS, choose_form
+from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
 
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel", "delta": "delta_kernel"}
@@ -25,8 +25,8 @@ _POINTERS |= {
     "query_start": "i32",
     "query_length": "i32",
 }
-_POINTERS |= {"lse": "fp32", "delta": "fp32", "dlse": "fp32"}
-_COUNTS = ("lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows")
+_POINTERS |= {"key_end": "i32", "query_end": "i32", "line_block": "i32", "lse": "fp32", "delta": "fp32", "dlse": "fp32"}
+_COUNTS = ("lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "slots")
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,24 @@ def compile_kernel(
     return _compiled(kernel, arch, dtype, constants, options)
 
 
-def compile_specialised(arch: int, dtype: str, dim: int, block: int, shared_heads: int) -> Compiled:
-    """Compile the warp-specialised forward kernel in the form that a launch would choose.
+def compile_specialised(op: str, arch: int, dtype: str, dim: int, block: int, shared_heads: int) -> Compiled:
+    """Compile a warp-specialised kernel in the form that a launch would choose.
 
     Args:
+        op: "forward", "dq" or "dkv".
         arch, dtype, dim, block: as for :func:`compile_kernel`; of ``dim`` 64 or 128, of ``block`` 64 or more.
         shared_heads: neighbouring query heads that share keys and lists.
     """
-    from s2attn.kernels.specialised import specialised_forward_kernel
+    from s2attn.kernels import specialised, specialised_backward
 
-    form = choose_form(dim, block, shared_heads)
-    constants: dict[str, Any] = {"D": dim, "DV": dim, "ROWS": form.rows, "STACK": form.stack, "BLOCK_N": LISTED_TOKENS, "RB": block}
-    constants |= {"SUBS": form.per_block(block), "STAGES": form.stages, "OTHER_STAGES": form.other_stages, "PRECISION": "tf32"}
-    return _compiled(specialised_forward_kernel, arch, dtype, constants, {"num_warps": 4})
+    form = choose_form(op, dim, block, shared_heads)
+    constants: dict[str, Any] = {"D": dim, "DV": dim, "PRECISION": "tf32", **form.constants(block)}
+    if op == "dkv":
+        constants |= {"BLOCK_M": form.listed_tokens, "BLOCK_N": form.rows}
+    else:
+        constants |= {"ROWS": form.rows, "STACK": form.stack, "BLOCK_N": form.listed_tokens}
+    kernel = getattr(specialised if op == "forward" else specialised_backward, f"specialised_{KERNELS[op]}")
+    return _compiled(kernel, arch, dtype, constants, {"num_warps": 4})
 
 
 def _compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
