@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from s2attn.backends.triton.specialised import WIDTHS
 from s2attn.backends.triton.table import Situation, density_class
-from s2attn.backends.triton.tiles import Tiles, choose_tiles, shared_bytes
+from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
 from s2attn.core import bad_value, check_block, check_int
 from s2attn.layout import Layout, build_layout, dense_pairs
 from s2attn.patterns import Dense, Local, Pattern, Stride
 
 OPS = ("forward", "dq", "dkv")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HOPPER_MEMORY = SHARED_MEMORY["sm_90"]
 RANGES = (16384, 32768)
 """Key ranges, in tokens, that are tried for sparse lists."""
 
@@ -102,7 +104,10 @@ def fallback(situation: Situation, shared_limit: int) -> Tiles:
 
 
 def candidates(situation: Situation, shared_limit: int, *, tiny: bool = False) -> list[Tiles]:
-    """Tiles worth measuring, the fallback first: those that fit into shared memory, and that so many warps can share."""
+    """Tiles worth measuring, the fallback first: those that fit into shared memory, and that so many warps can share.
+
+    The specialised kernel is the last of them; what is not Hopper refuses it.
+    """
     itemsize = 4 if situation.dtype == "float32" else 2
     first = fallback(situation, shared_limit)
     lines, listed, stages = ((32, 64), (32,), (1,)) if tiny else ((32, 64, 128), (16, 32, 64, 128), (2, 3, 4))
@@ -115,4 +120,6 @@ def candidates(situation: Situation, shared_limit: int, *, tiny: bool = False) -
                     continue
                 made += [Tiles(line_tokens, listed_tokens, warps, count) for count in stages]
     fitting = [t for t in made if shared_bytes(situation.op, t, situation.head_dim, situation.v_dim, itemsize) <= shared_limit]
+    if situation.block >= 64 and situation.head_dim in WIDTHS and situation.v_dim in WIDTHS and shared_limit >= HOPPER_MEMORY:
+        fitting.append(replace(first, specialised=True))
     return list(dict.fromkeys(fitting))

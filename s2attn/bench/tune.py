@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from s2attn.backends import Scoring
-from s2attn.backends.triton.backend import Prepared, gpu_facts, triton_version
+from s2attn.backends.triton import launch
+from s2attn.backends.triton.backend import gpu_facts, triton_version
+from s2attn.backends.triton.specialised import form_objections
 from s2attn.backends.triton.table import PACKAGED, Situation, file_name, write_table
 from s2attn.backends.triton.tiles import Tiles
+from s2attn.backends.triton.ways import Prepared, Way
 from s2attn.bench.candidates import RANGES, Target, candidates, check_density, fallback, small_target, targets
 from s2attn.bench.clock import Meter, Timing, time_in_turn
 from s2attn.bench.host import host_facts
@@ -50,7 +53,7 @@ class Bench:
         self.q, self.k, self.v = make(target.heads, s.head_dim), make(target.kv_heads, s.head_dim), make(target.kv_heads, s.v_dim)
         self.dout, self.scoring = make(target.heads, s.v_dim), Scoring(s.head_dim**-0.5)
         self.lse = self.delta = torch.empty(1, target.heads, target.seqlen, device=self.q.device)
-        self.prepared = Prepared()
+        self.prepared, self.ways = Prepared(), list[Way]()
 
     @classmethod
     def random(cls, target: Target, device: torch.device) -> Bench:
@@ -73,28 +76,34 @@ class Bench:
         Args:
             tiles: the fallback of this op; ``rows`` that of the forward pass.
         """
-        from s2attn.backends.triton import launch
-
-        walk = self.walk("forward", rows)
-        out, self.lse = launch.forward(self.q, self.k, self.v, walk, rows, self.layout.block, self.scoring)
-        self.delta = launch.delta(out, self.dout, self.lse, None, walk)
+        out, self.lse = self.way("forward", rows).forward(self.q, self.k, self.v, self.layout, self.scoring)
+        self.delta = launch.delta(out, self.dout, self.lse, None, self.prepared.starts)
         return self.call(tiles)()
 
-    def walk(self, op: str, tiles: Tiles) -> Any:
-        return self.prepared.walk(op, self.layout, tiles, self.target.heads, self.target.kv_heads)
+    def way(self, op: str, tiles: Tiles) -> Way:
+        """A kernel with these tiles.
+
+        Raises:
+            ValueError: the specialised one is wanted and cannot serve.
+        """
+        way = Way.of(op, tiles, self.q, self.k, self.v, self.layout, self.scoring, self.prepared)
+        self.ways.append(way)
+        if tiles.specialised and way.special is None:
+            raise bad_value("specialised", "must be able to serve", "; ".join(
+                form_objections(op, self.q, self.k, self.v, self.layout, self.scoring)
+            ) or f"device {self.layout.device}")  # fmt: skip
+        return way
 
     def call(self, tiles: Tiles) -> Callable[[], list[Tensor]]:
         """One start of the target's kernel with these tiles."""
-        from s2attn.backends.triton import launch
-
-        op, block = self.target.situation.op, self.layout.block
-        walk, inputs = self.walk(op, tiles), (self.q, self.k, self.v)
+        op = self.target.situation.op
+        way, inputs, rest = self.way(op, tiles), (self.q, self.k, self.v), (self.layout, self.scoring)
         if op == "forward":
-            return lambda: list(launch.forward(*inputs, walk, tiles, block, self.scoring))
-        backward = (*inputs, self.dout, self.lse, self.delta, walk, tiles, block, self.scoring)
+            return lambda: list(way.forward(*inputs, *rest))
+        backward = (*inputs, self.dout, self.lse, self.delta, *rest)
         if op == "dq":
-            return lambda: [launch.dq(*backward)]
-        return lambda: list(launch.dkv(*backward))
+            return lambda: [way.dq(*backward)]
+        return lambda: list(way.dkv(*backward))
 
 
 def tune_target(target: Target, device: torch.device, shared_limit: int, meter: Meter, *, tiny: bool = False) -> Measured:
@@ -110,13 +119,15 @@ def tune_target(target: Target, device: torch.device, shared_limit: int, meter: 
         try:
             call = bench.call(tiles)
             check_results(expected, call())
+            if bench.ways[-1].special is not None and bench.ways[-1].special.lost:
+                raise ArithmeticError("the compiler did not specialise the warps")
             calls[tiles] = call
         except Exception as error:  # tiles that do not fit, do not compile or are wrong must not end the run
             refused.append(f"{_words(tiles)}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200])
     quick = _in_turn(calls, meter, rounds=2 if tiny else 4)
     best = sorted(calls, key=lambda tiles: quick[tiles].median_s)[:FINALISTS]
     if target.situation.density == "sparse" and target.situation.op != "dkv" and not tiny:
-        ranged = [replace(best[0], key_range=tokens) for tokens in RANGES if tokens < target.seqlen]
+        ranged = [replace(best[0], key_range=tokens, specialised=False) for tokens in RANGES if tokens < target.seqlen]
         for tiles in ranged:
             calls[tiles] = bench.call(tiles)
             check_results(expected, calls[tiles]())
@@ -231,6 +242,8 @@ def _words(tiles: Tiles) -> str:
     >>> _words(Tiles(64, 32, 4, 3))
     '64x32, 4 warps, 3 stages'
     """
+    if tiles.specialised:
+        return "specialised"
     ranged = f", ranges of {tiles.key_range}" if tiles.key_range else ""
     return f"{tiles.line_tokens}x{tiles.listed_tokens}, {tiles.num_warps} warps, {tiles.num_stages} stages{ranged}"
 

@@ -129,7 +129,7 @@ def dq_kernel(
         store_rows(dq_ptr + batch * dq_batch + head * dq_head, row, place, row_exists, dq_token, dq * scale, BLOCK_D, D)
     else:
         first = slot_rows(batch, slots, slot, shared, member, tile, SUBS, BLOCK_M)
-        store_slot(slot_dq_ptr, first, dq, BLOCK_M, BLOCK_D)
+        store_slot(slot_dq_ptr, first, dq, True, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNCOUNTED)
@@ -193,5 +193,5 @@ def dkv_kernel(
         store_rows(dv_ptr + batch * dv_batch + kv_head * dv_head, key, place, key_exists, dv_token, dv, BLOCK_DV, DV)
     else:
         first = slot_rows(batch, slots, slot, 1, 0, tile, SUBS, BLOCK_N)
-        store_slot(slot_dk_ptr, first, dk, BLOCK_N, BLOCK_D)
-        store_slot(slot_dv_ptr, first, dv, BLOCK_N, BLOCK_DV)
+        store_slot(slot_dk_ptr, first, dk, True, BLOCK_N, BLOCK_D)
+        store_slot(slot_dv_ptr, first, dv, True, BLOCK_N, BLOCK_DV)

@@ -6,7 +6,7 @@ import triton.language as tl
 from s2attn.kernels.pieces.address import listed_tokens, load_rows, store_rows
 from s2attn.kernels.pieces.masks import allowed_pairs
 from s2attn.kernels.pieces.scores import log2_logits
-from s2attn.kernels.pieces.softmax import softmax_begin, softmax_end, softmax_step
+from s2attn.kernels.pieces.softmax import sink_logit, softmax_begin, softmax_end, softmax_step
 from s2attn.kernels.pieces.work import find_list, program_of, read_piece, slot_rows, store_slot
 
 
@@ -63,7 +63,7 @@ def forward_kernel(
     begin, full, _, codes_ptr = find_list((ptr_ptr, full_ptr, sub_at_ptr, sub_ptr), layout_head, line, lines, F)
     keys = (k_ptr + batch * k_batch + kv_head * k_head, k_token, k_dim)
     values = (v_ptr + batch * v_batch + kv_head * v_head, v_token, v_dim)
-    m_i, l_i = softmax_begin(sinks_ptr, head, slot < 0, SINKS, BLOCK_M)
+    m_i, l_i = softmax_begin(sink_logit(sinks_ptr, head, slot < 0, SINKS), BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc, m_i, l_i = attend(
         acc, m_i, l_i, q_tile, place, keys, values, (idx_ptr + begin, key_start_ptr, key_length_ptr), codes_ptr, tiles_ptr,
@@ -80,5 +80,5 @@ def forward_kernel(
         tl.store(lse_ptr + batch * lse_batch + head * lse_head + row + place, lse, mask=row_exists)
     else:
         first = slot_rows(batch, slots, slot, shared, member, tile, SUBS, BLOCK_M)
-        store_slot(slot_out_ptr, first, out, BLOCK_M, BLOCK_DV)
+        store_slot(slot_out_ptr, first, out, True, BLOCK_M, BLOCK_DV)
         tl.store(slot_lse_ptr + first + tl.arange(0, BLOCK_M), lse)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from s2attn.kernels.pieces.address import store_rows
 from s2attn.kernels.pieces.scores import LOG2E
-from s2attn.kernels.pieces.softmax import rescaled, softmax_begin, softmax_end
+from s2attn.kernels.pieces.softmax import rescaled, sink_logit, softmax_begin, softmax_end
 from s2attn.kernels.pieces.work import slot_rows
 
 
@@ -27,12 +27,15 @@ def merge_kernel(
     out_batch: tl.int64, out_token: tl.int64, out_head: tl.int64, lse_batch: tl.int64, lse_head: tl.int64,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Partial outputs and their lse into the output and its lse; grid ``(splits * SUBS * heads per layout head * TILE / ROWS, batch)``."""
+    """Partial outputs and their lse into the output and its lse.
+
+    Grid ``(splits * SUBS * heads per layout head * TILE / ROWS, batch)``.
+    """
     shared = num_heads // layout_heads
     layout_head, line, member, slot, last, tile, part = which_rows(splits_ptr, lines, shared, SUBS, TILE, ROWS)
     batch, head = tl.program_id(1).to(tl.int64), (layout_head * shared + member).to(tl.int64)
     lane, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
-    m_i, l_i = softmax_begin(sinks_ptr, head, True, SINKS, ROWS)
+    m_i, l_i = softmax_begin(sink_logit(sinks_ptr, head, True, SINKS), ROWS)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for number in range(slot, last):
         first = slot_rows(batch, slots, number, shared, member, tile, SUBS, TILE) + part

@@ -11,28 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
 
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel", "delta": "delta_kernel"}
-_POINTERS = {
-    "pieces": "i32",
-    "splits": "i32",
-    "line_start": "i32",
-    "line_length": "i32",
-    "ptr": "i64",
-    "full": "i32",
-    "sub_at": "i64",
-    "idx": "i32",
-}
-_POINTERS |= {"sub": "i32", "tiles": "u8", "key_start": "i32", "key_length": "i32", "query_start": "i32", "query_length": "i32"}
-_POINTERS |= dict.fromkeys(("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv"), "fp32")
-_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens")
+_INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
+_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
+_POINTERS = {"ptr": "i64", "sub_at": "i64", "tiles": "u8", **dict.fromkeys(_INTS, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
+_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one kernel for one target; NVIDIA's assembler is asked for registers and spills."""
+    """What the compiler says of one kernel for one target; NVIDIA's assembler is asked for registers and spills.
+
+    ``warps`` counts all of a program: more than were asked for when the compiler has cut the kernel into specialised warp groups.
+    """
 
     registers: int
     spill_bytes: int
@@ -44,6 +40,11 @@ class Compiled:
     def wgmma(self) -> int:
         """Asynchronous warpgroup products (Hopper)."""
         return len(re.findall(r"wgmma\.mma_async", self.ptx))
+
+    @property
+    def handed_over(self) -> int:
+        """Places where warp groups hand registers to each other: 0 when no warp is specialised."""
+        return len(re.findall(r"setmaxnreg", self.ptx))
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -78,10 +79,6 @@ def compile_kernel(
         tiles: tiles to try instead of those that a launch would choose.
         capped, sinks: with a soft-cap of the logits, with learned sink logits.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from s2attn.kernels import backward, forward
 
     kernel = getattr(forward if op == "forward" else backward, KERNELS[op])
@@ -97,6 +94,35 @@ def compile_kernel(
         constants |= {"F": tiles.factor(block), "SUBS": tiles.per_block(block), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
         constants |= {"CAPPED": capped} | ({"SINKS": sinks} if op == "forward" else {})
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return _compiled(kernel, arch, dtype, constants, options)
+
+
+def compile_specialised(
+    op: str, arch: int, dtype: str, dim: int, block: int, shared_heads: int, *, capped: bool = False, sinks: bool = False
+) -> Compiled:
+    """Compile a warp-specialised kernel in the form that a launch would choose.
+
+    Args:
+        op: "forward", "dq" or "dkv".
+        arch, dtype, dim, block: as for :func:`compile_kernel`; of ``dim`` 64 or 128, of ``block`` 64 or more.
+        shared_heads: neighbouring query heads that share keys and lists.
+        capped, sinks: as for :func:`compile_kernel`.
+    """
+    from s2attn.kernels import specialised, specialised_backward
+
+    form = choose_form(op, dim, block, shared_heads)
+    constants: dict[str, Any] = {"D": dim, "DV": dim, "PRECISION": "tf32", "CAPPED": capped, **form.constants(op, block)}
+    if op == "forward":
+        constants["SINKS"] = sinks
+    kernel = getattr(specialised if op == "forward" else specialised_backward, f"specialised_{KERNELS[op]}")
+    return _compiled(kernel, arch, dtype, constants, {"num_warps": 4})
+
+
+def _compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     types, constants = signature(kernel, dtype, constants)
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
     divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_"))]
@@ -104,7 +130,7 @@ def compile_kernel(
     source = ASTSource(kernel, types, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _assembled(made.asm["ptx"], arch)
-    return Compiled(registers, spills, made.metadata.shared, options["num_warps"], made.asm["ptx"])
+    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, made.asm["ptx"])
 
 
 def _assembled(ptx: str, arch: int) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import plain_objections
 from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
-from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
-from s2attn.layout import Layout, dense_pairs
+from s2attn.backends.triton.ways import Prepared, Way
+from s2attn.layout import Layout
 
 WIDEST = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,10 +59,7 @@ class Triton(Backend):
         return why
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        from s2attn.backends.triton import launch
-
-        tiles, walk = self._way("forward", q, k, v, layout, scoring)
-        return launch.forward(q, k, v, walk, tiles, layout.block, scoring)
+        return self._way("forward", q, k, v, layout, scoring).forward(q, k, v, layout, scoring)
 
     def backward(
         self,
@@ -78,12 +75,10 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from s2attn.backends.triton import launch
 
-        dq_tiles, rows = self._way("dq", q, k, v, layout, scoring)
-        dkv_tiles, columns = self._way("dkv", q, k, v, layout, scoring)
-        delta = launch.delta(out, dout, lse, dlse, rows)
-        dq = launch.dq(q, k, v, dout, lse, delta, rows, dq_tiles, layout.block, scoring)
-        dk, dv = launch.dkv(q, k, v, dout, lse, delta, columns, dkv_tiles, layout.block, scoring)
-        return dq, dk, dv
+        by_row, by_column = (self._way(op, q, k, v, layout, scoring) for op in ("dq", "dkv"))
+        delta = launch.delta(out, dout, lse, dlse, by_row.prepared.starts)
+        given = (q, k, v, dout, lse, delta, layout, scoring)
+        return by_row.dq(*given), *by_column.dkv(*given)
 
     def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
         """Kernels that are started on tensors without memory are compiled only."""
@@ -93,46 +88,20 @@ class Triton(Backend):
             out, lse = self.forward(q, k, v, layout, scoring)
             if backward:
                 self.backward(torch.empty_like(out), None, q, k, v, out, lse, layout, scoring)
-                launch.delta(out, out, lse, torch.empty_like(lse), self._way("dq", q, k, v, layout, scoring)[1])
+                launch.delta(out, out, lse, torch.empty_like(lse), self._prepared[layout].starts)
 
-    def _way(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tiles, Walk]:
-        """Tiles and walk of one kernel, found once for each layout and kind of tensors."""
+    def _way(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Way:
+        """How one kernel goes over a layout, found once for each layout and kind of tensors."""
         prepared = self._prepared.get(layout)
         if prepared is None:
             prepared = self._prepared[layout] = Prepared()
-        key = (op, q.dtype, q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None)
+        key = (op, q.dtype, q.shape[0], q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None)
         way = prepared.ways.get(key)
         if way is None:
-            tiles = self._choose(situation(op, q, v, layout, prepared.density_of(layout)), layout.device, scoring.softcap is not None)
-            way = prepared.ways[key] = tiles, prepared.walk(op, layout, tiles, q.shape[2], k.shape[2])
+            capped = scoring.softcap is not None
+            tiles = self._choose(situation(op, q, v, layout, prepared.density_of(layout)), layout.device, capped)
+            way = prepared.ways[key] = Way.of(op, tiles, q, k, v, layout, scoring, prepared)
         return way
-
-
-class Prepared:
-    """What was made of one layout: walks by tile, and which one each kind of call takes."""
-
-    def __init__(self) -> None:
-        self.ways: dict[tuple, tuple[Tiles, Walk]] = {}
-        self.walks: dict[tuple, Walk] = {}
-        self._density: float | None = None
-
-    def density_of(self, layout: Layout) -> float:
-        """Listed blocks over those of dense attention."""
-        if self._density is None:
-            dense = layout.heads * dense_pairs(layout)
-            self._density = layout.rows.entries * layout.block**2 / dense if dense else 0.0
-        return self._density
-
-    def walk(self, op: str, layout: Layout, tiles: Tiles, heads: int, kv_heads: int) -> Walk:
-        unit = max(tiles.listed_tokens // layout.block, 1)
-        if op == "dkv":
-            make, given = walk_columns, (tiles.factor(layout.block), unit, heads, kv_heads)
-        else:
-            make, given = walk_rows, (tiles.factor(layout.block), unit, heads // layout.heads, tiles.key_range)
-        key = (make, *given)
-        if key not in self.walks:
-            self.walks[key] = make(layout, *given)
-        return self.walks[key]
 
 
 def situation(op: str, q: Tensor, v: Tensor, layout: Layout, density: float) -> Situation:
@@ -178,6 +147,11 @@ def _width_objections(q: Tensor, v: Tensor) -> list[str]:
     except ValueError:
         return [f"head widths {q.shape[-1]} and {v.shape[-1]} in {q.dtype} need more shared memory than this device has"]
     return []
+
+
+def _can_specialise(device: torch.device) -> bool:
+    """The compiler makes the cut for Hopper; the interpreter runs the same source without it."""
+    return torch.cuda.get_device_capability(device) == (9, 0) if device.type == "cuda" else True
 
 
 @lru_cache(maxsize=64)

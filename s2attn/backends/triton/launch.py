@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.base import Scoring
-from s2attn.backends.triton.start import Call, on_device, start
+from s2attn.backends.triton.start import Call, Starts, on_device, start
 from s2attn.backends.triton.tiles import Tiles, next_power
 from s2attn.backends.triton.walk import Walk
 
@@ -28,12 +28,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, walk: Walk, tiles: Tiles, block: in
     out = q.new_empty(batch, seqlen, heads, v.shape[-1])
     lse = q.new_empty(batch, heads, seqlen, dtype=torch.float32)
     shared, subs, rows = heads // walk.groups.heads, tiles.per_block(block), tiles.line_tokens
-    parts = _workspace(lse, batch * walk.slots * shared * subs * rows, next_power(v.shape[-1]), 1)
+    parts = workspace(lse, batch * walk.slots * shared * subs * rows, next_power(v.shape[-1]), 1)
     sinks = lse if scoring.sinks is None else scoring.sinks
     key = _key(q, k, v, tiles, scoring)
 
     def attend() -> Call:
-        numbers = (*_factors(scoring), walk.slots, walk.lines, heads, k.shape[2], walk.groups.heads)
+        numbers = (*factors(scoring), walk.slots, walk.lines, heads, k.shape[2], walk.groups.heads)
         strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *lse.stride()[:2])
         constants = _constants(q, v, walk, tiles, block, scoring) | {"BLOCK_M": rows, "BLOCK_N": tiles.listed_tokens}
         constants["SINKS"] = scoring.sinks is not None
@@ -53,7 +53,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, walk: Walk, tiles: Tiles, block: in
     return out, lse
 
 
-def delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, walk: Walk) -> Tensor:
+def delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, starts: Starts) -> Tensor:
     """``sum(dout * out) - dlse``, float32 ``(B, H, T)``."""
     from s2attn.kernels.backward import delta_kernel
 
@@ -68,7 +68,7 @@ def delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, walk: Wal
 
     key = ("delta", out.dtype, out.shape, out.stride(), dout.stride(), lse.stride(), given.stride(), dlse is not None)
     with on_device(out):
-        start(delta_kernel, (out, dout, lse, given, result), walk.starts, key, describe)
+        start(delta_kernel, (out, dout, lse, given, result), starts, key, describe)
     return result
 
 
@@ -81,18 +81,18 @@ def dq(
     batch, heads, layout_heads = q.shape[0], q.shape[2], walk.groups.heads
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shared, subs = heads // layout_heads, tiles.per_block(block)
-    parts = _workspace(lse, batch * walk.slots * shared * subs * tiles.line_tokens, next_power(q.shape[-1]))
+    parts = workspace(lse, batch * walk.slots * shared * subs * tiles.line_tokens, next_power(q.shape[-1]))
     key = ("dq", *_key(q, k, v, tiles, scoring), dout.stride())
 
     def describe() -> Call:
-        numbers = (scoring.scale, *_factors(scoring), walk.slots, walk.lines, heads, k.shape[2], layout_heads)
+        numbers = (scoring.scale, *factors(scoring), walk.slots, walk.lines, heads, k.shape[2], layout_heads)
         strides = (*q.stride(), *k.stride(), *v.stride(), *dout.stride(), *result.stride()[:3], *lse.stride()[:2])
         constants = _constants(q, v, walk, tiles, block, scoring) | {"BLOCK_M": tiles.line_tokens, "BLOCK_N": tiles.listed_tokens}
         return Call((walk.pieces.shape[0] * subs * shared, batch, 1), (*walk.tensors, *numbers, *strides), constants)
 
     with on_device(q):
         start(dq_kernel, (q, k, v, dout, lse, delta, result, *parts), walk.starts, key, describe)
-        _join(parts[0], result, walk, tiles, subs, heads, layout_heads, scoring.scale)
+        join_slots(parts[0], result, walk, tiles.line_tokens, subs, heads, layout_heads, scoring.scale)
     return result
 
 
@@ -105,11 +105,11 @@ def dkv(
     batch, kv_heads, subs = q.shape[0], k.shape[2], tiles.per_block(block)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    parts = _workspace(lse, batch * walk.slots * subs * tiles.line_tokens, next_power(q.shape[-1]), next_power(v.shape[-1]))
+    parts = workspace(lse, batch * walk.slots * subs * tiles.line_tokens, next_power(q.shape[-1]), next_power(v.shape[-1]))
     key = ("dkv", *_key(q, k, v, tiles, scoring), dout.stride())
 
     def describe() -> Call:
-        numbers = (scoring.scale, *_factors(scoring), walk.slots, walk.lines, q.shape[2], kv_heads, walk.groups.heads)
+        numbers = (scoring.scale, *factors(scoring), walk.slots, walk.lines, q.shape[2], kv_heads, walk.groups.heads)
         inputs = (*q.stride(), *k.stride(), *v.stride(), *dout.stride())
         outputs = (*dk.stride()[:3], *dv.stride()[:3], *lse.stride()[:2])
         constants = _constants(q, v, walk, tiles, block, scoring) | {"BLOCK_M": tiles.listed_tokens, "BLOCK_N": tiles.line_tokens}
@@ -117,26 +117,26 @@ def dkv(
 
     with on_device(q):
         start(dkv_kernel, (q, k, v, dout, lse, delta, dk, dv, *parts), walk.starts, key, describe)
-        _join(parts[0], dk, walk, tiles, subs, kv_heads, kv_heads, scoring.scale)
-        _join(parts[1], dv, walk, tiles, subs, kv_heads, kv_heads, 1.0)
+        join_slots(parts[0], dk, walk, tiles.line_tokens, subs, kv_heads, kv_heads, scoring.scale)
+        join_slots(parts[1], dv, walk, tiles.line_tokens, subs, kv_heads, kv_heads, 1.0)
     return dk, dv
 
 
-def _join(part: Tensor, result: Tensor, walk: Walk, tiles: Tiles, subs: int, heads: int, item_heads: int, factor: float) -> None:
-    """Sum the slots of every item that was cut into ``result``."""
+def join_slots(part: Tensor, result: Tensor, walk: Walk, tile: int, subs: int, heads: int, item_heads: int, factor: float) -> None:
+    """Sum the slots of every item that was cut into ``result``; ``tile`` rows in a tile, ``subs`` tiles in a line."""
     from s2attn.kernels.join import sum_kernel
 
     if not walk.slots and not part.is_meta:
         return
 
     def describe() -> Call:
-        programs = walk.splits.shape[0] * subs * (heads // item_heads) * tiles.line_tokens // JOINED_ROWS
+        programs = walk.splits.shape[0] * subs * (heads // item_heads) * tile // JOINED_ROWS
         numbers = (factor, walk.slots, walk.lines, heads, item_heads, *result.stride()[:3])
         dim = result.shape[-1]
-        constants = {"D": dim, "BLOCK_D": next_power(dim), "TILE": tiles.line_tokens, "ROWS": JOINED_ROWS, "SUBS": subs}
+        constants = {"D": dim, "BLOCK_D": next_power(dim), "TILE": tile, "ROWS": JOINED_ROWS, "SUBS": subs}
         return Call((programs, result.shape[0], 1), (walk.splits, walk.line_start, walk.line_length, *numbers), constants)
 
-    key = ("sum", result.dtype, result.shape, heads, item_heads, factor, tiles)
+    key = ("sum", result.dtype, result.shape, heads, item_heads, factor, tile, subs)
     start(sum_kernel, (part, result), walk.starts, key, describe)
 
 
@@ -146,12 +146,12 @@ def _key(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scoring: Scoring) -> tup
     return q.dtype, q.shape, k.shape, v.shape[-1], strides, tiles, scoring.scale, scoring.softcap, scoring.sinks is None
 
 
-def _workspace(like: Tensor, rows: int, *widths: int) -> list[Tensor]:
+def workspace(like: Tensor, rows: int, *widths: int) -> list[Tensor]:
     """float32 rows for the pieces of cut lists; where nothing is cut, any float32 tensor stands in for what is not touched."""
     return [like.new_empty(rows * width) for width in widths] if rows else [like] * len(widths)
 
 
-def _factors(scoring: Scoring) -> tuple[float, float]:
+def factors(scoring: Scoring) -> tuple[float, float]:
     """``factor`` and ``cap_log2`` of `s2attn.kernels.pieces.scores.log2_logits`."""
     if scoring.softcap is None:
         return scoring.scale * log2(e), 1.0

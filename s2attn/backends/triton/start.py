@@ -48,7 +48,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def start(kernel: Any, pointers: tuple[Tensor, ...], starts: Starts, key: tuple, describe: Callable[[], Call]) -> None:
+def start(kernel: Any, pointers: tuple[Tensor, ...], starts: Starts, key: tuple, describe: Callable[[], Call]) -> Any:
     """Start ``kernel`` on the current stream of the tensors' device, which is current.
 
     Args:
@@ -56,16 +56,17 @@ def start(kernel: Any, pointers: tuple[Tensor, ...], starts: Starts, key: tuple,
         key: names the kernel and all that ``describe`` depends on.
         describe: the rest of the call; asked only when the key is new, or a pointer is not aligned.
 
+    Returns:
+        the compiled kernel where Triton was asked for it, None where it was known.
+
     Tensors on the meta device have no memory to work on: the kernel is compiled for such a call, and not started.
     """
     if pointers[0].is_meta:
         call = describe()
-        kernel.warmup(*pointers, *call.rest, grid=call.grid, **call.constants)
-        return
+        return kernel.warmup(*pointers, *call.rest, grid=call.grid, **call.constants)
     if _plain(kernel):
         call = describe()
-        kernel[call.grid](*pointers, *call.rest, **call.constants)
-        return
+        return kernel[call.grid](*pointers, *call.rest, **call.constants)
     addresses = [tensor.data_ptr() for tensor in pointers]
     together = 0
     for address in addresses:
@@ -76,12 +77,13 @@ def start(kernel: Any, pointers: tuple[Tensor, ...], starts: Starts, key: tuple,
         compiled = kernel[call.grid](*pointers, *call.rest, **call.constants)
         if together % ALIGNMENT == 0:
             starts[key] = _Known(compiled, call.grid, _arguments(kernel, call))
-        return
+        return compiled
     driver, runtime = _triton()
     compiled = known.compiled
     stream = driver.active.get_current_stream(driver.active.get_current_device())
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
     compiled.run(*known.grid, stream, compiled.function, compiled.packed_metadata, None, *hooks, *addresses, *known.rest)
+    return None
 
 
 def _arguments(kernel: Any, call: Call) -> tuple[Any, ...]:

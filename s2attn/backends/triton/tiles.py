@@ -14,7 +14,8 @@ class Tiles:
     """Tokens of a tile on the lines' axis and on the listed axis, warps, and stages of the software pipeline.
 
     ``key_range`` cuts the lists of forward and dq where they cross a multiple of so many keys, and takes range by range, so that K and V
-    of one range stay in the second-level cache; 0 does not.
+    of one range stay in the second-level cache; 0 does not. ``specialised`` takes the warp-specialised kernel, whose tiles are its own
+    (`s2attn.backends.triton.specialised.choose_form`), wherever it can serve; where it cannot, these.
     """
 
     line_tokens: int
@@ -22,6 +23,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     key_range: int = 0
+    specialised: bool = False
 
     def factor(self, block: int) -> int:
         """Blocks of the lines' axis that share a tile."""
@@ -60,7 +62,7 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
     ``capped``: with a soft-cap, whose arithmetic needs registers too.
 
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
-    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0)
+    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, specialised=False)
     """
     wanted = _preferred(op, max(next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
     line_tokens, listed_tokens = wanted.line_tokens, wanted.listed_tokens

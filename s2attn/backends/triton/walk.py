@@ -54,7 +54,7 @@ class Walk:
         return self.pieces, self.line_start, self.line_length, g.ptr, g.full, g.sub_ptr, g.idx, g.sub, self.tiles, self.start, self.length
 
 
-def walk_rows(layout: Layout, factor: int, unit: int, copies: int, key_range: int = 0) -> Walk:
+def walk_rows(layout: Layout, factor: int, unit: int, copies: int, key_range: int = 0, cut: bool = True) -> Walk:
     """Query blocks as lines; items by layout head and line.
 
     Args:
@@ -62,10 +62,13 @@ def walk_rows(layout: Layout, factor: int, unit: int, copies: int, key_range: in
         unit: key blocks per tile.
         copies: query heads that share a layout head.
         key_range: cut the lists where they cross a multiple of so many key tokens; 0 cuts only long ones.
+        cut: whether lists may be cut at all.
     """
     groups = group_rows(layout, factor)
     full, rest = _counts(groups)
-    if key_range:
+    if not cut:
+        plan = plan_by_length(full, rest, max(int((full + rest).max(initial=0)), 1))
+    elif key_range:
         plan = plan_by_range(*_by_range(groups, max(key_range // layout.block, 1), len(layout.k_spans)))
     else:
         plan = _plan(full, rest, layout.q_spans, groups, unit, copies, layout.block)

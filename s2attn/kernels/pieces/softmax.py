@@ -7,18 +7,22 @@ from s2attn.kernels.pieces.scores import LN2, LOG2E
 
 
 @triton.jit
-def softmax_begin(sinks_ptr, head, whole, SINKS: tl.constexpr, ROWS: tl.constexpr):
-    """Running maximum and sum of a row that has seen no key: -inf and 0, or the head's learned sink logit and 1.
+def sink_logit(sinks_ptr, head, whole, SINKS: tl.constexpr):
+    """The head's learned sink logit in base 2; -inf without sinks.
 
     A row in several pieces meets the sink where the pieces are joined, so ``whole`` says whether this is the only one.
     """
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
     if SINKS:
-        sink = tl.where(whole, tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, float("-inf"))
-        m_i = tl.maximum(m_i, sink)
-        l_i = l_i + tl.where(sink == float("-inf"), 0.0, 1.0)
-    return m_i, l_i
+        return tl.where(whole, tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, float("-inf"))
+    else:
+        return float("-inf")
+
+
+@triton.jit
+def softmax_begin(sink_log2, ROWS: tl.constexpr):
+    """Running maximum and sum of rows that have seen nothing but a sink: -inf and 0 where that is -inf too."""
+    m_i = tl.maximum(tl.full([ROWS], float("-inf"), tl.float32), sink_log2)
+    return m_i, tl.where(m_i == float("-inf"), 0.0, 1.0)
 
 
 @triton.jit

@@ -39,7 +39,8 @@ def slot_rows(batch, slots, slot, shared, member, tile, SUBS: tl.constexpr, ROWS
 
 
 @triton.jit
-def store_slot(slot_ptr, first, values, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Write a tile of float32 rows into the workspace."""
-    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(slot_ptr + first * WIDTH + at, values)
+def store_slot(slot_ptr, first, values, keep, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write a tile of float32 rows into the workspace, if ``keep``."""
+    lane = tl.arange(0, ROWS)
+    at = lane[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(slot_ptr + first * WIDTH + at, values, mask=((lane >= 0) & keep)[:, None])

@@ -1,0 +1,131 @@
+"""How kernels go over one layout: tiles, walks, and what the specialised kernels need, each made once and on first use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2attn.backends.base import Scoring
+from s2attn.backends.triton import launch, specialised
+from s2attn.backends.triton.specialised import SpecialisedWay, choose_form, form_objections, specialised_way
+from s2attn.backends.triton.start import Starts
+from s2attn.backends.triton.tiles import Tiles
+from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
+from s2attn.layout import Layout, dense_pairs
+
+
+class Prepared:
+    """What was made of one layout. It does not hold the layout itself, whose end is its own."""
+
+    def __init__(self) -> None:
+        self.ways: dict[tuple, Way] = {}
+        self.starts: Starts = {}
+        self._walks: dict[tuple, Walk] = {}
+        self._density: float | None = None
+
+    def density_of(self, layout: Layout) -> float:
+        """Listed blocks over those of dense attention."""
+        if self._density is None:
+            dense = layout.heads * dense_pairs(layout)
+            self._density = layout.rows.entries * layout.block**2 / dense if dense else 0.0
+        return self._density
+
+    def walk(
+        self, op: str, layout: Layout, heads: int, kv_heads: int, factor: int, listed_tokens: int, key_range: int = 0, cut: bool = True
+    ) -> Walk:
+        """The walk of ``op`` for tiles of ``factor`` blocks against ``listed_tokens``; ``key_range`` and ``cut`` are for rows."""
+        unit = max(listed_tokens // layout.block, 1)
+        key = (op == "dkv", factor, unit, heads, kv_heads, key_range, cut)
+        if key not in self._walks:
+            if op == "dkv":
+                self._walks[key] = walk_columns(layout, factor, unit, heads, kv_heads)
+            else:
+                self._walks[key] = walk_rows(layout, factor, unit, heads // layout.heads, key_range, cut)
+        return self._walks[key]
+
+    @property
+    def walks(self) -> list[Walk]:
+        """All that were made."""
+        return list(self._walks.values())
+
+    def special(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> SpecialisedWay | None:
+        """What the specialised kernel of ``op`` needs, or None where it cannot serve."""
+        if form_objections(op, q, k, v, layout, scoring):
+            return None
+        heads, kv_heads = q.shape[2], k.shape[2]
+        form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, heads // max(layout.heads, kv_heads))
+        walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=op == "dkv")
+        return specialised_way(op, form, layout, walk)
+
+
+@dataclass(eq=False)
+class Way:
+    """One kernel over one layout, in the plain form or in the specialised one.
+
+    Attributes:
+        tiles: of the plain kernel.
+        special: what the specialised kernel needs, or None where it is not wanted or cannot serve.
+        prepared: what was made of the layout; ``heads`` and ``kv_heads`` those of the calls.
+    """
+
+    op: str
+    tiles: Tiles
+    special: SpecialisedWay | None
+    prepared: Prepared
+    heads: int
+    kv_heads: int
+    _walk: Walk | None = None
+
+    @classmethod
+    def of(
+        cls, op: str, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, prepared: Prepared
+    ) -> Way:  # fmt: skip
+        """The way for such tensors."""
+        wanted = tiles.specialised and can_specialise(layout.device)
+        special = prepared.special(op, q, k, v, layout, scoring) if wanted else None
+        return cls(op, tiles, special, prepared, q.shape[2], k.shape[2])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        special = self._special(q, k, v)
+        if special is not None:
+            return specialised.specialised_forward(q, k, v, special, scoring)
+        return launch.forward(q, k, v, self._plain(layout), self.tiles, layout.block, scoring)
+
+    def dq(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
+    ) -> Tensor:  # fmt: skip
+        special = self._special(q, k, v)
+        if special is not None:
+            return specialised.specialised_dq(q, k, v, _aligned(dout), lse, delta, special, scoring)
+        return launch.dq(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
+
+    def dkv(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
+    ) -> tuple[Tensor, Tensor]:
+        special = self._special(q, k, v)
+        if special is not None:
+            return specialised.specialised_dkv(q, k, v, _aligned(dout), lse, delta, special, scoring)
+        return launch.dkv(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
+
+    def _special(self, *tensors: Tensor) -> SpecialisedWay | None:
+        usable = self.special is not None and not self.special.lost and specialised.is_aligned(*tensors)
+        return self.special if usable else None
+
+    def _plain(self, layout: Layout) -> Walk:
+        if self._walk is None:
+            key_range = 0 if self.op == "dkv" else self.tiles.key_range
+            factor, listed = self.tiles.factor(layout.block), self.tiles.listed_tokens
+            self._walk = self.prepared.walk(self.op, layout, self.heads, self.kv_heads, factor, listed, key_range)
+        return self._walk
+
+
+def _aligned(dout: Tensor) -> Tensor:
+    """The gradient of a sum is one number expanded, which no descriptor reads."""
+    return dout if specialised.is_aligned(dout) else dout.contiguous()
+
+
+def can_specialise(device: torch.device) -> bool:
+    """The compiler makes the cut for Hopper; the interpreter runs the same source without it."""
+    return torch.cuda.get_device_capability(device) == (9, 0) if device.type == "cuda" else True
