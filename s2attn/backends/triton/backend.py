@@ -68,6 +68,7 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from s2attn.backends.triton import launch
 
+        out, lse = out.contiguous(), lse.contiguous()  # as forward made them; the kernels know no other lse
         block, capped = layout.block, scoring.softcap is not None
         for_dq, for_dkv = _tiles("dq", q, v, block, capped), _tiles("dkv", q, v, block, capped)
         rows, columns = self._rows(layout, for_dq, q.shape[2]), self._columns(layout, for_dkv, q.shape[2], k.shape[2])
