@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs format clean
+.PHONY: help demo test gpu-tests gpu-sanitize compile-matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -12,11 +12,16 @@ PINS := "numpy<2.4"
 TRITON := triton==3.6.0; sys_platform == 'linux'
 # One torch thread per worker: workers that share cores must not fight for them.
 WORKERS ?= auto
+# Where what was measured or checked is left.
+OUT ?= out
 ARGS ?=
 
 help:
 	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
+	@echo "make gpu-tests       tests of the compiled kernels on the GPU of this machine, with PYTHON as it is; results in out/"
+	@echo "make gpu-sanitize    the same kernels under compute-sanitizer"
+	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (an hour; ARGS=sm_90 for one)"
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
 	@echo "make format  let ruff format and fix what it can"
@@ -27,6 +32,17 @@ demo: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
+
+# A machine with a GPU brings its own torch and Triton, so nothing is set up there.
+gpu-tests:
+	$(PYTHON) tests/gpu/run.py --out $(OUT) $(ARGS)
+
+gpu-sanitize:
+	$(PYTHON) tests/gpu/sanitize.py --out $(OUT) $(ARGS)
+
+compile-matrix: $(VENV)/.ready-test
+	@mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compile/matrix.py --workers $$(nproc) --out $(OUT)/compile-matrix.jsonl $(ARGS) > /dev/null
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check
@@ -42,7 +58,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # An environment that moved or broke no longer runs; it is made anew.
 $(VENV)/.ready-test: pyproject.toml Makefile

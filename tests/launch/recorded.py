@@ -46,7 +46,7 @@ def compiled() -> dict[str, int]:
 
 @contextmanager
 def same_memory() -> Iterator[Callable[[], None]]:
-    """Fresh tensors come from a fixed list, from its begin whenever what is yielded is called: calls that are alike get the same addresses."""
+    """Fresh tensors come from a fixed list, from its begin whenever what is yielded is called: like calls get the same addresses."""
     made: list[Tensor] = []
     at = 0
     owners = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
