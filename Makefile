@@ -21,7 +21,7 @@ help:
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
 	@echo "make gpu-tests       tests of the compiled kernels on the GPU of this machine, with PYTHON as it is; results in out/"
 	@echo "make gpu-sanitize    the same kernels under compute-sanitizer"
-	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (an hour; ARGS=sm_90 for one)"
+	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (hours; ARGS=sm_90 for one)"
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
 	@echo "make format  let ruff format and fix what it can"

@@ -64,11 +64,14 @@ class RecordingDriver:
         return ty_to_cpp(ty)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        # Triton passes the packed metadata, the launch metadata and two hooks besides.
-        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, told: Any, enter: Any, leave: Any, *rest: Any) -> None:
+            if enter is not None:
+                enter(told)
             if self.keep:
-                addresses = tuple(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in rest[4:])
+                addresses = tuple(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in rest)
                 self.launches.append(Launch(metadata.name, function, (x, y, z), stream, addresses))
+            if leave is not None:
+                leave(told)
 
         return launch
 

@@ -16,6 +16,14 @@ PATTERN = Local(2, 16) | Stride(3, block=16)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
 
+def near(got, expected):
+    """A few roundings of the largest number apart: what another order of sums can do."""
+    seen = torch.isfinite(expected)
+    assert torch.equal(got[~seen], expected[~seen])
+    difference, largest = (got[seen].double() - expected[seen].double()).abs().max(), expected[seen].double().abs().max()
+    assert difference <= 4 * torch.finfo(got.dtype).eps * largest, (difference, largest)
+
+
 def tensors(device, dtype, n, batch=2, width=32, m=None):
     shapes = ((n, 4), (m or n, 2), (m or n, 2))
     return [torch.randn(batch, tokens, heads, width, device=device).to(dtype).requires_grad_() for tokens, heads in shapes]
@@ -71,13 +79,16 @@ def test_any_strides(dtype, device, sized):
     shifted = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in x]  # begins at no multiple of 16 bytes
     parts = torch.cat([t.flatten(2) for t in x], dim=-1).split([t[0, 0].numel() for t in x], dim=-1)  # slices of one projection
     joint = [part.unflatten(-1, t.shape[2:]) for part, t in zip(parts, x, strict=True)]
-    for other in (turned, spread, shifted, joint):
-        got = with_gradients([t.detach().requires_grad_() for t in other], dout.transpose(1, 2).contiguous().transpose(1, 2), dlse)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    broadcast = attend(*x, return_lse=True)
-    once = torch.autograd.grad(broadcast[0].sum() + broadcast[1].sum(), x)
+    for other in (turned, joint, spread, shifted):
+        turned_dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
+        got = with_gradients([t.detach().requires_grad_() for t in other], turned_dout, dlse)
+        for a, b in zip(got, expected, strict=True):
+            near(a, b)
+    out, lse = attend(*x, return_lse=True)
+    once = torch.autograd.grad(out.sum() + lse.sum(), x)  # gradients that are one number, with strides of 0
     again = with_gradients(x, torch.ones_like(x[0]), torch.ones_like(dlse))
-    assert all(torch.equal(a, b) for a, b in zip(once, again[2:], strict=True))
+    for a, b in zip(once, again[2:], strict=True):
+        near(a, b)
 
 
 def test_opcheck(usual, device, sized):
@@ -109,7 +120,7 @@ def test_compiled_without_breaks(dynamic, usual, device, sized):
         x = tensors(device, usual, n)
         expected, got = (torch.autograd.grad(f(*x), x) for f in (step, compiled))
         for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
+            near(a, b)
 
 
 def test_autocast_takes_the_16_bit_type(usual, device, sized):
@@ -127,5 +138,5 @@ def test_chunks_of_queries_are_rows_of_the_whole(usual, device, sized):
     for lo in range(0, n, step):
         hi = min(lo + step, n)
         out, part = attend(q[:, lo:hi], k[:, :hi], v[:, :hi], pattern=pattern, return_lse=True)
-        torch.testing.assert_close(out, whole[:, lo:hi])
-        torch.testing.assert_close(part, lse[..., lo:hi])
+        near(out, whole[:, lo:hi])
+        near(part, lse[..., lo:hi])

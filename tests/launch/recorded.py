@@ -146,6 +146,24 @@ def strides(driver: RecordingDriver) -> Any:
     return found
 
 
+def hooks(driver: RecordingDriver) -> Any:
+    """Kernel names that a profiler's hook is told of a first call and of a repeated one, and launches after it has gone."""
+    from triton import knobs
+
+    told: list[str] = []
+
+    def watch(metadata: Any) -> None:
+        told.append(metadata.get()["name"])
+
+    x, layout, backend = tensors(1, 200), build_layout(Local(2), 4, 2, 200), Triton()
+    knobs.runtime.launch_enter_hook.add(watch)
+    for _ in range(2):
+        call(backend, x, layout)
+    knobs.runtime.launch_enter_hook.remove(watch)
+    call(backend, x, layout)
+    return [told, len(driver.launches)]
+
+
 def host_time(driver: RecordingDriver) -> Any:
     """Microseconds of a warm forward call, repeated and through Triton's own launch, timed in turn; medians."""
     driver.keep = False
@@ -165,4 +183,4 @@ def host_time(driver: RecordingDriver) -> Any:
 
 if __name__ == "__main__":
     with recording() as shared:
-        print(json.dumps({f.__name__: f for f in (lengths, arguments, unaligned, strides, host_time)}[sys.argv[1]](shared)))
+        print(json.dumps({f.__name__: f for f in (lengths, arguments, unaligned, strides, hooks, host_time)}[sys.argv[1]](shared)))

@@ -51,6 +51,10 @@ def test_strides_are_not_confused():
     assert recorded("strides") == [True] * 5
 
 
+def test_a_profiler_is_told_of_every_launch():
+    assert recorded("hooks") == [["forward_kernel"] * 2, 3]
+
+
 def test_repeated_starts_cost_less_than_triton_s_own():
     took = recorded("host_time")
     assert took["own"] > 1.3 * took["repeated"], took
