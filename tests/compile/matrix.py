@@ -142,6 +142,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the lines there too, each as soon as it is known")
     given = parser.parse_args()
+    if given.out:
+        given.out.unlink(missing_ok=True)
     choose = representatives if given.representatives else everything
     rows = []
     for row in compiled([job for target in given.targets for job in choose(target)], given.workers):
