@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs format gpu-bench gpu-tune clean
+.PHONY: help demo test gpu-tests gpu-bench gpu-tune gpu-sanitize compile-matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -12,6 +12,8 @@ PINS := "numpy<2.4"
 TRITON := triton==3.6.0; sys_platform == 'linux'
 # One torch thread per worker: workers that share cores must not fight for them.
 WORKERS ?= auto
+# Where what was measured or checked is left.
+OUT ?= out
 ARGS ?=
 # For gpu-bench: which suites (separated by commas), full or tiny, and seconds for all of them.
 SUITES ?= forward,backward,train,prefill
@@ -22,10 +24,13 @@ comma := ,
 help:
 	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
+	@echo "make gpu-tests       tests of the compiled kernels on the GPU of this machine, with PYTHON as it is; results in out/"
+	@echo "make gpu-bench       its attention against its peers, within 10 minutes; records in out/"
+	@echo "make gpu-tune        which tiles are the fastest on it, within 10 minutes; the table in out/"
+	@echo "make gpu-sanitize    the same kernels under compute-sanitizer"
+	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (hours; ARGS=sm_90 for one)"
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
-	@echo "make gpu-bench   time attention on a graphics card within 10 minutes, with PYTHON's own torch and Triton; records go to OUT"
-	@echo "make gpu-tune    measure which tiles are the fastest on a graphics card within 10 minutes; the table goes to OUT"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make clean   remove what the other targets made, .venv included"
 
@@ -34,6 +39,17 @@ demo: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
+
+# A machine with a GPU brings its own torch and Triton, so nothing is set up there.
+gpu-tests:
+	$(PYTHON) tests/gpu/run.py --out $(OUT) $(ARGS)
+
+gpu-sanitize:
+	$(PYTHON) tests/gpu/sanitize.py --out $(OUT) $(ARGS)
+
+compile-matrix: $(VENV)/.ready-test
+	@mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compile/matrix.py --workers $$(nproc) --out $(OUT)/compile-matrix.jsonl $(ARGS) > /dev/null
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check
@@ -57,7 +73,7 @@ gpu-tune:
 	$(PYTHON) -m s2attn.bench tune --size $(SIZE) --limit $(LIMIT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # An environment that moved or broke no longer runs; it is made anew.
 $(VENV)/.ready-test: pyproject.toml Makefile

@@ -8,13 +8,22 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
 
-KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel", "delta": "delta_kernel"}
+KERNELS = {
+    "forward": "forward.forward_kernel",
+    "dq": "backward.dq_kernel",
+    "dkv": "backward.dkv_kernel",
+    "delta": "backward.delta_kernel",
+    "merge": "join.merge_kernel",
+    "sum": "join.sum_kernel",
+}
 _INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
 _FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
@@ -25,26 +34,35 @@ _NUMBERS = ("scale", "factor", "cap_log2")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one kernel for one target; NVIDIA's assembler is asked for registers and spills.
+    """What the compiler says of one kernel for one target.
 
-    ``warps`` counts all of a program: more than were asked for when the compiler has cut the kernel into specialised warp groups.
+    Attributes:
+        registers, spill_bytes: per thread; NVIDIA's assembler is asked, AMD's compiler writes them down.
+        shared_bytes: per program.
+        warps: of a program; more than were asked for when the compiler has cut the kernel into specialised warp groups.
+        text: PTX, or amdgcn.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     warps: int
-    ptx: str
+    text: str
 
     @property
     def wgmma(self) -> int:
         """Asynchronous warpgroup products (Hopper)."""
-        return len(re.findall(r"wgmma\.mma_async", self.ptx))
+        return len(re.findall(r"wgmma\.mma_async", self.text))
+
+    @property
+    def matrix_products(self) -> int:
+        """Instructions of matrix units of any kind; none where products are made of single multiplications."""
+        return self.wgmma + len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma|v_mfma)", self.text))
 
     @property
     def handed_over(self) -> int:
         """Places where warp groups hand registers to each other: 0 when no warp is specialised."""
-        return len(re.findall(r"setmaxnreg", self.ptx))
+        return len(re.findall(r"setmaxnreg", self.text))
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -64,14 +82,14 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[
 
 
 def compile_kernel(
-    op: str, arch: int, dtype: str, dim: int, block: int, shared_limit: int, dim_v: int | None = None, tiles: Tiles | None = None,
+    op: str, target: str, dtype: str, dim: int, block: int, shared_limit: int, dim_v: int | None = None, tiles: Tiles | None = None,
     capped: bool = False, sinks: bool = False,
 ) -> Compiled:  # fmt: skip
-    """Compile one of the kernels for ``sm_<arch>`` with the tiles that a launch on it would choose, or with other ones.
+    """Compile one of the kernels for ``target`` with the tiles that a launch on it would choose, or with other ones.
 
     Args:
-        op: "forward", "dq", "dkv" or "delta".
-        arch: 75, 80, 86, 89, 90, 100 or 120.
+        op: "forward", "dq", "dkv", "delta", or "merge" and "sum", which join the pieces of cut lists.
+        target: "sm_75", "sm_80", ... or "gfx942": the keys of `s2attn.backends.triton.tiles.SHARED_MEMORY`.
         dtype: "fp16", "bf16" or "fp32".
         dim, dim_v: head widths.
         block: tokens per block of the layout.
@@ -79,32 +97,24 @@ def compile_kernel(
         tiles: tiles to try instead of those that a launch would choose.
         capped, sinks: with a soft-cap of the logits, with learned sink logits.
     """
-    from s2attn.kernels import backward, forward
-
-    kernel = getattr(forward if op == "forward" else backward, KERNELS[op])
+    room, name = KERNELS[op].split(".")
+    kernel = getattr(import_module(f"s2attn.kernels.{room}"), name)
     dim_v = dim if dim_v is None else dim_v
-    constants: dict[str, Any] = {"DV": dim_v, "BLOCK_DV": next_power(dim_v)}
-    options = {"num_warps": 4, "num_stages": 3}
-    if op == "delta":
-        constants |= {"BLOCK_M": 64, "HAS_DLSE": True}
-    else:
-        tiles = tiles or choose_tiles(op, dim, dim_v, 4 if dtype == "fp32" else 2, block, shared_limit, capped)
-        lines, listed = ("BLOCK_N", "BLOCK_M") if op == "dkv" else ("BLOCK_M", "BLOCK_N")
-        constants |= {"D": dim, "BLOCK_D": next_power(dim), lines: tiles.line_tokens, listed: tiles.listed_tokens, "RB": block}
-        constants |= {"F": tiles.factor(block), "SUBS": tiles.per_block(block), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-        constants |= {"CAPPED": capped} | ({"SINKS": sinks} if op == "forward" else {})
-        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return _compiled(kernel, arch, dtype, constants, options)
+    large = {"merge": "forward", "sum": "dq"}.get(op, op)  # what is joined has the tiles of who left it
+    if op != "delta":
+        tiles = tiles or choose_tiles(large, dim, dim_v, 4 if dtype == "fp32" else 2, block, shared_limit, capped)
+    constants, options = _constants(op, dtype, (dim, dim_v), block, tiles, (capped, sinks))
+    return _compiled(kernel, target, dtype, constants, options)
 
 
 def compile_specialised(
-    op: str, arch: int, dtype: str, dim: int, block: int, shared_heads: int, *, capped: bool = False, sinks: bool = False
+    op: str, target: str, dtype: str, dim: int, block: int, shared_heads: int, *, capped: bool = False, sinks: bool = False
 ) -> Compiled:
     """Compile a warp-specialised kernel in the form that a launch would choose.
 
     Args:
         op: "forward", "dq" or "dkv".
-        arch, dtype, dim, block: as for :func:`compile_kernel`; of ``dim`` 64 or 128, of ``block`` 64 or more.
+        target, dtype, dim, block: as for :func:`compile_kernel`; of ``dim`` 64 or 128, of ``block`` 64 or more.
         shared_heads: neighbouring query heads that share keys and lists.
         capped, sinks: as for :func:`compile_kernel`.
     """
@@ -114,11 +124,11 @@ def compile_specialised(
     constants: dict[str, Any] = {"D": dim, "DV": dim, "PRECISION": "tf32", "CAPPED": capped, **form.constants(op, block)}
     if op == "forward":
         constants["SINKS"] = sinks
-    kernel = getattr(specialised if op == "forward" else specialised_backward, f"specialised_{KERNELS[op]}")
-    return _compiled(kernel, arch, dtype, constants, {"num_warps": 4})
+    kernel = getattr(specialised if op == "forward" else specialised_backward, f"specialised_{op}_kernel")
+    return _compiled(kernel, target, dtype, constants, {"num_warps": 4})
 
 
-def _compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
+def _compiled(kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -128,9 +138,37 @@ def _compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], opt
     divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_"))]
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(types.items()) if name in divisible or kind.startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spills = _assembled(made.asm["ptx"], arch)
-    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, made.asm["ptx"])
+    amd = target.startswith("gfx")
+    device = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    made = triton.compile(source, target=device, options=options)
+    text = made.asm["amdgcn" if amd else "ptx"]
+    registers, spills = _written_down(text) if amd else _assembled(text, device.arch)
+    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, text)
+
+
+def _constants(
+    op: str, dtype: str, widths: tuple[int, int], block: int, tiles: Tiles | None, scoring: tuple[bool, bool]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Compile-time numbers of a kernel, and the compiler's options, as a launch gives them."""
+    (dim, dim_v), (capped, sinks) = widths, scoring
+    of_q, of_v = {"D": dim, "BLOCK_D": next_power(dim)}, {"DV": dim_v, "BLOCK_DV": next_power(dim_v)}
+    options = {"num_warps": 4, "num_stages": 3}
+    if tiles is None:
+        return {**of_v, "BLOCK_M": DELTA_ROWS, "HAS_DLSE": True}, options
+    if op in ("merge", "sum"):
+        constants = {"TILE": tiles.line_tokens, "ROWS": JOINED_ROWS, "SUBS": tiles.per_block(block)}
+        return {**constants, **(of_v | {"SINKS": sinks} if op == "merge" else of_q)}, options
+    lines, listed = ("BLOCK_N", "BLOCK_M") if op == "dkv" else ("BLOCK_M", "BLOCK_N")
+    constants = {**of_q, **of_v, lines: tiles.line_tokens, listed: tiles.listed_tokens, "RB": block, "F": tiles.factor(block)}
+    constants |= {"SUBS": tiles.per_block(block), "PRECISION": "ieee" if dtype == "fp32" else "tf32", "CAPPED": capped}
+    constants |= {"SINKS": sinks} if op == "forward" else {}
+    return constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def _written_down(amdgcn: str) -> tuple[int, int]:
+    """Vector registers per thread, and its bytes of private memory, from the notes of AMD's compiler."""
+    registers, private = (int(re.findall(rf"\.{name}:\s*(\d+)", amdgcn)[0]) for name in ("vgpr_count", "private_segment_fixed_size"))
+    return registers, private
 
 
 def _assembled(ptx: str, arch: int) -> tuple[int, int]:

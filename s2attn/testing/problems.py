@@ -44,6 +44,11 @@ class Problem:
         dlse, sinks = (None if x is None else x.to(lse_dtype(dtype)) for x in (self.dlse, self.sinks))
         return replace(self, **{n: getattr(self, n).to(dtype) for n in ("q", "k", "v", "dout")}, dlse=dlse, sinks=sinks)
 
+    def on(self, device: torch.device) -> Problem:
+        """The same problem on another device."""
+        names = ("q", "k", "v", "dout", "dlse", "mask", "sinks")
+        return replace(self, layout=self.layout.to(device), **{n: x.to(device) for n in names if (x := getattr(self, n)) is not None})
+
 
 @dataclass(frozen=True)
 class Results:

@@ -10,11 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a kernel: its compiled form, its grid, and its arguments with tensors as addresses."""
+    """One start of a kernel: its compiled form, its grid, its stream, and its arguments with tensors as addresses."""
 
     kernel: str
     compiled: int
     grid: tuple[int, int, int]
+    stream: int
     arguments: tuple[Any, ...]
 
 
@@ -25,12 +26,14 @@ class RecordingDriver:
     Attributes:
         arch: compute capability times ten.
         shared_limit: bytes of shared memory that one program can have.
+        stream: the current one.
         keep: whether launches are written down.
         launches: what would have been started.
     """
 
     arch: int = 90
     shared_limit: int = 232448
+    stream: int = 0
     keep: bool = True
     launches: list[Launch] = field(default_factory=list)
 
@@ -48,7 +51,7 @@ class RecordingDriver:
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return self.stream
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -61,11 +64,14 @@ class RecordingDriver:
         return ty_to_cpp(ty)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        # Triton passes the stream, the packed metadata, the launch metadata and two hooks besides.
-        def launch(x: int, y: int, z: int, _stream: int, function: int, *rest: Any) -> None:
+        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, told: Any, enter: Any, leave: Any, *rest: Any) -> None:
+            if enter is not None:
+                enter(told)
             if self.keep:
-                addresses = tuple(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in rest[4:])
-                self.launches.append(Launch(metadata.name, function, (x, y, z), addresses))
+                addresses = tuple(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in rest)
+                self.launches.append(Launch(metadata.name, function, (x, y, z), stream, addresses))
+            if leave is not None:
+                leave(told)
 
         return launch
 

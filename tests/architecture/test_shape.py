@@ -87,3 +87,13 @@ def test_nothing_unfinished_is_left(folder: str) -> None:
         if path.suffix in {".py", ".md"}:
             found += [f"{name_of(path)}: {word}" for word in UNFINISHED.findall(path.read_text())]
     assert found == []
+
+
+LEAVES_OUT = re.compile(r"pytest\.(skip|xfail|mark\.skip|mark\.skipif|mark\.xfail)\b")
+MAY_LEAVE_OUT = {"tests/kernels/conftest.py", "tests/gpu/conftest.py"}
+
+
+def test_tests_are_left_out_in_two_places_only() -> None:
+    """Where a machine has no GPU, or has one: nowhere else does a test decide not to run."""
+    found = {name_of(path) for path in (ROOT / "tests").rglob("*.py") if LEAVES_OUT.search(path.read_text())}
+    assert found == MAY_LEAVE_OUT

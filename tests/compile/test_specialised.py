@@ -14,10 +14,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 CODE = """
 import json, sys
 from s2attn.testing.compiling import compile_specialised
-made = compile_specialised(sys.argv[1], 90, sys.argv[2], *map(int, sys.argv[3:]))
+made = compile_specialised(sys.argv[1], "sm_90", sys.argv[2], *map(int, sys.argv[3:]))
 facts = {"spills": made.spill_bytes, "shared": made.shared_bytes, "warps": made.warps, "handed_over": made.handed_over}
-tma = made.ptx.count("cp.async.bulk.tensor")
-print(json.dumps({**facts, "registers": made.registers, "wgmma": made.wgmma, "tma": tma, "cp_async": made.ptx.count("cp.async.c")}))
+tma = made.text.count("cp.async.bulk.tensor")
+print(json.dumps({**facts, "registers": made.registers, "wgmma": made.wgmma, "tma": tma, "cp_async": made.text.count("cp.async.c")}))
 """
 
 

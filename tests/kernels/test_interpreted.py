@@ -77,6 +77,20 @@ def test_any_strides_and_the_same_bits(triton_backend):
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
+def test_sinks_and_lse_of_any_strides(triton_backend):
+    q, k, v = tensors(40, 40, 4, 2, 16, 16, torch.float32)
+    layout, sinks = build_layout(Window(30), 4, 2, 40), torch.randn(8)[::2]
+    plain, wide = Scoring(0.25, sinks=sinks.contiguous()), Scoring(0.25, sinks=sinks)
+    out, lse = triton_backend.forward(q, k, v, layout, plain)
+    again = triton_backend.forward(q, k, v, layout, wide)
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    padded = torch.nn.functional.pad(lse, (0, 9))[..., :40]
+    dout = torch.randn_like(out)
+    once = triton_backend.backward(dout, None, q, k, v, out, lse, layout, plain)
+    twice = triton_backend.backward(dout, None, q, k, v, out, padded, layout, wide)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
 def test_objections(triton_backend):
     def why(*x):
         return " ".join(triton_backend.objections(*x))

@@ -73,7 +73,7 @@ def test_long_columns_are_cut(special, poisoned_empty, monkeypatch):
     monkeypatch.setattr(walk, "piece_limits", lambda counts, seq, copies, least: torch.full((len(seq),), least).numpy())
     p = problem("block 64, two heads stacked")
     check_backend(special, p)
-    cut = {way.op: way.special.walk.slots for way in special._prepared[p.layout].ways.values()}
+    cut = {way.op: way.slots for way in special._prepared[p.layout].ways.values()}
     assert cut["forward"] == cut["dq"] == 0 < cut["dkv"]
 
 

@@ -75,6 +75,7 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from s2attn.backends.triton import launch
 
+        out, lse = out.contiguous(), lse.contiguous()  # as forward made them; the kernels know no other lse
         by_row, by_column = (self._way(op, q, k, v, layout, scoring) for op in ("dq", "dkv"))
         delta = launch.delta(out, dout, lse, dlse, by_row.prepared.starts)
         given = (q, k, v, dout, lse, delta, layout, scoring)
@@ -147,11 +148,6 @@ def _width_objections(q: Tensor, v: Tensor) -> list[str]:
     except ValueError:
         return [f"head widths {q.shape[-1]} and {v.shape[-1]} in {q.dtype} need more shared memory than this device has"]
     return []
-
-
-def _can_specialise(device: torch.device) -> bool:
-    """The compiler makes the cut for Hopper; the interpreter runs the same source without it."""
-    return torch.cuda.get_device_capability(device) == (9, 0) if device.type == "cuda" else True
 
 
 @lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, walk: Walk, tiles: Tiles, block: in
     lse = q.new_empty(batch, heads, seqlen, dtype=torch.float32)
     shared, subs, rows = heads // walk.groups.heads, tiles.per_block(block), tiles.line_tokens
     parts = workspace(lse, batch * walk.slots * shared * subs * rows, next_power(v.shape[-1]), 1)
-    sinks = lse if scoring.sinks is None else scoring.sinks
+    sinks = lse if scoring.sinks is None else scoring.sinks.contiguous()
     key = _key(q, k, v, tiles, scoring)
 
     def attend() -> Call:

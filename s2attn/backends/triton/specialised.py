@@ -190,7 +190,7 @@ def specialised_forward(q: Tensor, k: Tensor, v: Tensor, way: SpecialisedWay, sc
     batch, seqlen, heads, _ = q.shape
     out = q.new_empty(batch, seqlen, heads, v.shape[-1])
     lse = q.new_empty(batch, heads, seqlen, dtype=torch.float32)
-    sinks = lse if scoring.sinks is None else scoring.sinks
+    sinks = lse if scoring.sinks is None else scoring.sinks.contiguous()
 
     def describe() -> Call:
         numbers = (*factors(scoring), way.walk.lines, heads, k.shape[2], way.walk.groups.heads, seqlen, way.tall.tiles.shape[0])

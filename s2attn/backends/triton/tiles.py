@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SMALLEST = 16  # rows and columns that a tensor core product needs
-SHARED_MEMORY = {"sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
+SHARED_MEMORY = {
+    "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536,
+}  # fmt: skip
 """Bytes of shared memory one program can have, by target; a launch asks the device itself, compile checks ask this table."""
 
 

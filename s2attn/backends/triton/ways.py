@@ -45,11 +45,6 @@ class Prepared:
                 self._walks[key] = walk_rows(layout, factor, unit, heads // layout.heads, key_range, cut)
         return self._walks[key]
 
-    @property
-    def walks(self) -> list[Walk]:
-        """All that were made."""
-        return list(self._walks.values())
-
     def special(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> SpecialisedWay | None:
         """What the specialised kernel of ``op`` needs, or None where it cannot serve."""
         if form_objections(op, q, k, v, layout, scoring):
@@ -83,7 +78,7 @@ class Way:
         cls, op: str, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, prepared: Prepared
     ) -> Way:  # fmt: skip
         """The way for such tensors."""
-        wanted = tiles.specialised and can_specialise(layout.device)
+        wanted = tiles.specialised and can_specialise(layout.device, q.dtype)
         special = prepared.special(op, q, k, v, layout, scoring) if wanted else None
         return cls(op, tiles, special, prepared, q.shape[2], k.shape[2])
 
@@ -109,6 +104,12 @@ class Way:
             return specialised.specialised_dkv(q, k, v, _aligned(dout), lse, delta, special, scoring)
         return launch.dkv(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
 
+    @property
+    def slots(self) -> int:
+        """Pieces of cut lists in the walks that calls have taken so far."""
+        special = None if self.special is None else self.special.walk
+        return sum(walk.slots for walk in (self._walk, special) if walk is not None)
+
     def _special(self, *tensors: Tensor) -> SpecialisedWay | None:
         usable = self.special is not None and not self.special.lost and specialised.is_aligned(*tensors)
         return self.special if usable else None
@@ -126,6 +127,8 @@ def _aligned(dout: Tensor) -> Tensor:
     return dout if specialised.is_aligned(dout) else dout.contiguous()
 
 
-def can_specialise(device: torch.device) -> bool:
-    """The compiler makes the cut for Hopper; the interpreter runs the same source without it."""
-    return torch.cuda.get_device_capability(device) == (9, 0) if device.type == "cuda" else True
+def can_specialise(device: torch.device, dtype: torch.dtype) -> bool:
+    """The compiler makes the cut for Hopper and 16-bit numbers; the interpreter runs the same source without it, in float32 too."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) == (9, 0) and dtype != torch.float32
