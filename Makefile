@@ -66,11 +66,10 @@ format: $(VENV)/.ready-dev
 
 # No .venv: a machine with a graphics card has its own torch, and perhaps no network.
 gpu-bench:
-	$(PYTHON) -m s2attn.bench run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) $(ARGS)
+	$(PYTHON) -m s2attn.bench run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
-# Writes into the package's own folder of tables unless OUT names another.
 gpu-tune:
-	$(PYTHON) -m s2attn.bench tune --size $(SIZE) --limit $(LIMIT) $(ARGS)
+	$(PYTHON) -m s2attn.bench tune --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -39,7 +39,7 @@ def delta_kernel(
 def dq_listed(
     dq, q_tile, dout, lse_log2, delta, place, keys, values, listed, codes_ptr, tiles_ptr, first, last, factor, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    RB: tl.constexpr, F: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    RB: tl.constexpr, F: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add ``dS k`` over entries ``first .. last - 1`` of one part of a row's list."""
     for position in range(first * RB, last * RB, BLOCK_N):
@@ -50,10 +50,10 @@ def dq_listed(
             allowed = exists[None, :]
         k_tile = load_rows(keys, key, lane, exists, BLOCK_D, D, MASKED or RB < BLOCK_N)
         v_tile = load_rows(values, key, lane, exists, BLOCK_DV, DV, MASKED or RB < BLOCK_N)
-        logits = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-        dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
+        logits = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
+        dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
         _, ds = score_gradient(logits, dp, lse_log2[:, None], delta[:, None], allowed, cap_log2, CAPPED, MASKED or RB < BLOCK_N)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     return dq
 
 
@@ -61,7 +61,7 @@ def dq_listed(
 def dkv_listed(
     dk, dv, k_tile, v_tile, place, queries, douts, lse_ptr, delta_ptr, listed, codes_ptr, tiles_ptr, first, last, factor, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    RB: tl.constexpr, F: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    RB: tl.constexpr, F: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add ``dS^T q`` and ``P^T dout`` over entries ``first .. last - 1`` of one part of a column's list, for one query head."""
     for position in range(first * RB, last * RB, BLOCK_M):
@@ -74,11 +74,11 @@ def dkv_listed(
         dout = load_rows(douts, row, lane, exists, BLOCK_DV, DV)
         lse_log2 = tl.load(lse_ptr + row + lane, mask=exists, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + row + lane, mask=exists, other=0.0)
-        logits = log2_logits(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-        dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
+        logits = log2_logits(tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
+        dp = tl.dot(v_tile, tl.trans(dout), input_precision="ieee")
         p, ds = score_gradient(logits, dp, lse_log2[None, :], delta[None, :], allowed, cap_log2, CAPPED, MASKED)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -96,7 +96,7 @@ def dq_kernel(
     dq_batch: tl.int64, dq_token: tl.int64, dq_head: tl.int64, lse_batch: tl.int64, lse_head: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr, F: tl.constexpr, SUBS: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``dq = scale * dS k`` over the listed blocks of each row; the grid and the walk of the forward kernel."""
     number, member, tile = program_of(lines, num_heads, layout_heads, SUBS)
@@ -119,11 +119,11 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = dq_listed(
         dq, q_tile, dout, lse_log2, delta, place, keys, values, (idx_ptr + begin, key_start_ptr, key_length_ptr), codes_ptr, tiles_ptr,
-        full_from, full_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, PRECISION, False,
+        full_from, full_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, False,
     )  # fmt: skip
     dq = dq_listed(
         dq, q_tile, dout, lse_log2, delta, place, keys, values, (idx_ptr + begin + full, key_start_ptr, key_length_ptr), codes_ptr,
-        tiles_ptr, other_from, other_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, PRECISION, True,
+        tiles_ptr, other_from, other_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, True,
     )  # fmt: skip
     if slot < 0:
         store_rows(dq_ptr + batch * dq_batch + head * dq_head, row, place, row_exists, dq_token, dq * scale, BLOCK_D, D)
@@ -147,7 +147,7 @@ def dkv_kernel(
     dv_batch: tl.int64, dv_token: tl.int64, dv_head: tl.int64, lse_batch: tl.int64, lse_head: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr, F: tl.constexpr, SUBS: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``dv = P^T dout`` and ``dk = scale * dS^T q`` of one tile of keys; the group's query heads are the inner loop.
 
@@ -177,13 +177,13 @@ def dkv_kernel(
         dk, dv = dkv_listed(
             dk, dv, k_tile, v_tile, place, queries, douts, lse_ptr + of_head, delta_ptr + of_head,
             (idx_ptr + begin, query_start_ptr, query_length_ptr), codes_ptr, tiles_ptr, tl.maximum(full_from, 0), tl.minimum(full_to, full),
-            factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, RB, F, CAPPED, PRECISION, False,
+            factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, RB, F, CAPPED, False,
         )  # fmt: skip
         dk, dv = dkv_listed(
             dk, dv, k_tile, v_tile, place, queries, douts, lse_ptr + of_head, delta_ptr + of_head,
             (idx_ptr + begin + full, query_start_ptr, query_length_ptr), codes_ptr, tiles_ptr,
             tl.maximum(other_from, 0), tl.minimum(other_to, listed - full),
-            factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, RB, F, CAPPED, PRECISION, True,
+            factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, RB, F, CAPPED, True,
         )  # fmt: skip
         # From here on the piece is counted from the next head's first entry.
         full_from, full_to = full_from - full, full_to - full

@@ -14,7 +14,7 @@ from s2attn.kernels.pieces.work import find_list, program_of, read_piece, slot_r
 def attend(
     acc, m_i, l_i, q_tile, place, keys, values, listed, codes_ptr, tiles_ptr, first, last, factor, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    RB: tl.constexpr, F: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    RB: tl.constexpr, F: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold entries ``first .. last - 1`` of one part of a list into the running softmax; MASKED looks each pair up in its mask tile."""
     for position in range(first * RB, last * RB, BLOCK_N):
@@ -25,10 +25,10 @@ def attend(
             allowed = exists[None, :]
         k_tile = load_rows(keys, key, lane, exists, BLOCK_D, D, MASKED or RB < BLOCK_N)
         v_tile = load_rows(values, key, lane, exists, BLOCK_DV, DV, MASKED or RB < BLOCK_N)
-        scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
+        scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
         if MASKED or RB < BLOCK_N:  # the last tile of several blocks may hold fewer than it has room for
             scores = tl.where(allowed, scores, float("-inf"))
-        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile, PRECISION)
+        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
     return acc, m_i, l_i
 
 
@@ -44,7 +44,7 @@ def forward_kernel(
     out_batch: tl.int64, out_token: tl.int64, out_head: tl.int64, lse_batch: tl.int64, lse_head: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr, F: tl.constexpr, SUBS: tl.constexpr,
-    CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(logits) v`` over listed blocks, and its lse; grid ``(pieces * SUBS * heads per layout head, batch)``.
 
@@ -67,11 +67,11 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc, m_i, l_i = attend(
         acc, m_i, l_i, q_tile, place, keys, values, (idx_ptr + begin, key_start_ptr, key_length_ptr), codes_ptr, tiles_ptr,
-        full_from, full_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, PRECISION, False,
+        full_from, full_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, False,
     )  # fmt: skip
     acc, m_i, l_i = attend(
         acc, m_i, l_i, q_tile, place, keys, values, (idx_ptr + begin + full, key_start_ptr, key_length_ptr), codes_ptr, tiles_ptr,
-        other_from, other_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, PRECISION, True,
+        other_from, other_to, factor, cap_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, RB, F, CAPPED, True,
     )  # fmt: skip
 
     out, lse = softmax_end(acc, m_i, l_i)

@@ -68,7 +68,6 @@ def specialised_forward_kernel(
     lse_batch: tl.int64, lse_head: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, STACK: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr,
     SUBS: tl.constexpr, STAGES: tl.constexpr, OTHER_STAGES: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(logits) v`` and its lse; grid ``(pieces * SUBS * heads per layout head / STACK, batch)``.
 
@@ -105,8 +104,8 @@ def specialised_forward_kernel(
     for i in tl.range(full_from * PER, full_to * PER, num_stages=STAGES, warp_specialize=True):
         key = tl.load(key_start_ptr + tl.load(list_ptr + i // PER)) + i % PER * BLOCK_N
         k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
-        scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile, PRECISION)
+        scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
+        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
     # The compiler must see the second loop start from computed values (see the module's docstring).
     acc, m_i, l_i = acc + 0.0, m_i + 0.0, l_i + 0.0
     for i in tl.range(other_from * PER, other_to * PER, num_stages=OTHER_STAGES):
@@ -114,8 +113,8 @@ def specialised_forward_kernel(
         code = tl.load(codes_ptr + i // PER)
         k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
         mask = masks.load([(code * SUBS + tile) * BLOCK_M, i % PER * BLOCK_N])
-        scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-        acc, m_i, l_i = softmax_step(acc, m_i, l_i, tl.where(mask != 0, scores, float("-inf")), v_tile, PRECISION)
+        scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
+        acc, m_i, l_i = softmax_step(acc, m_i, l_i, tl.where(mask != 0, scores, float("-inf")), v_tile)
 
     out, lse = softmax_end(acc, m_i, l_i)
     count = tl.load(line_length_ptr + line) - tile * ROWS

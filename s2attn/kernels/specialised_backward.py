@@ -30,26 +30,26 @@ def numbers_by_row(by_block_ptr, count, at, per_head, ROWS: tl.constexpr, STACK:
 @triton.jit
 def dq_step(
     dq, q_tile, dout, k_tile, v_tile, lse_log2, delta, factor, cap_log2, allowed,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of keys into dq (not yet scaled)."""
-    scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-    dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
+    scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
+    dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
     _, ds = score_gradient(scores, dp, lse_log2[:, None], delta[:, None], allowed, cap_log2, CAPPED, MASKED)
-    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
 
 @triton.jit
 def dkv_step(
     dk, dv, k_tile, v_tile, q_tile, dout, lse_log2, delta, factor, cap_log2, allowed,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of queries into dk (not yet scaled) and dv."""
-    scores = log2_logits(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION), factor, cap_log2, CAPPED)
-    dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
+    scores = log2_logits(tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
+    dp = tl.dot(v_tile, tl.trans(dout), input_precision="ieee")
     p, ds = score_gradient(scores, dp, lse_log2[None, :], delta[None, :], allowed, cap_log2, CAPPED, MASKED)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -64,7 +64,7 @@ def specialised_dq_kernel(
     v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64, dout_batch: tl.int64, dout_token: tl.int64, dout_head: tl.int64,
     dq_batch: tl.int64, dq_token: tl.int64, dq_head: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, STACK: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr,
-    SUBS: tl.constexpr, STAGES: tl.constexpr, OTHER_STAGES: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    SUBS: tl.constexpr, STAGES: tl.constexpr, OTHER_STAGES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``dq = scale * dS k`` over the listed blocks of each row; grid, walk and arguments of the specialised forward kernel.
 
@@ -94,14 +94,14 @@ def specialised_dq_kernel(
     for i in tl.range(full_from * PER, full_to * PER, num_stages=STAGES, warp_specialize=True):
         key = tl.load(key_start_ptr + tl.load(list_ptr + i // PER)) + i % PER * BLOCK_N
         k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
-        dq = dq_step(dq, q_tile, dout, k_tile, v_tile, lse_log2, delta, factor, cap_log2, True, CAPPED, False, PRECISION)
+        dq = dq_step(dq, q_tile, dout, k_tile, v_tile, lse_log2, delta, factor, cap_log2, True, CAPPED, False)
     dq += 0.0
     for i in tl.range(other_from * PER, other_to * PER, num_stages=OTHER_STAGES):
         key = tl.load(key_start_ptr + tl.load(list_ptr + full + i // PER)) + i % PER * BLOCK_N
         code = tl.load(codes_ptr + i // PER)
         k_tile, v_tile = k_rows.load([key, 0]), v_rows.load([key, 0])
         mask = masks.load([(code * SUBS + tile) * BLOCK_M, i % PER * BLOCK_N])
-        dq = dq_step(dq, q_tile, dout, k_tile, v_tile, lse_log2, delta, factor, cap_log2, mask != 0, CAPPED, True, PRECISION)
+        dq = dq_step(dq, q_tile, dout, k_tile, v_tile, lse_log2, delta, factor, cap_log2, mask != 0, CAPPED, True)
     count = tl.load(line_length_ptr + line) - tile * ROWS
     store_stack(dq_ptr + batch * dq_batch, dq_head, dq_token, head, row, count, dq * scale, ROWS, STACK, D)
 
@@ -117,7 +117,7 @@ def specialised_dkv_kernel(
     v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64, dout_batch: tl.int64, dout_token: tl.int64, dout_head: tl.int64,
     dk_batch: tl.int64, dk_token: tl.int64, dk_head: tl.int64, dv_batch: tl.int64, dv_token: tl.int64, dv_head: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RB: tl.constexpr,
-    SUBS: tl.constexpr, STAGES: tl.constexpr, OTHER_STAGES: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    SUBS: tl.constexpr, STAGES: tl.constexpr, OTHER_STAGES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``dv = P^T dout`` and ``dk = scale * dS^T q`` of BLOCK_N = 128 keys; grid ``(pieces * SUBS, batch)``.
 
@@ -153,7 +153,7 @@ def specialised_dkv_kernel(
         q_tile, dout = q_rows.load([row, (member * q_head).to(tl.int32)]), dout_rows.load([row, (member * dout_head).to(tl.int32)])
         of_rows = of_group + member * places + block * RB + at % PER * BLOCK_M
         lse_log2, delta = tl.load(lse_ptr + of_rows) * LOG2E, tl.load(delta_ptr + of_rows)
-        dk, dv = dkv_step(dk, dv, k_tile, v_tile, q_tile, dout, lse_log2, delta, factor, cap_log2, True, CAPPED, False, PRECISION)
+        dk, dv = dkv_step(dk, dv, k_tile, v_tile, q_tile, dout, lse_log2, delta, factor, cap_log2, True, CAPPED, False)
     dk, dv = dk + 0.0, dv + 0.0
     for i in tl.range(other_from * PER, other_to * PER, num_stages=OTHER_STAGES):
         at, member = i // group, i % group
@@ -163,7 +163,7 @@ def specialised_dkv_kernel(
         mask = masks.load([(tl.load(codes_ptr + at // PER) * SUBS + tile) * BLOCK_N, at % PER * BLOCK_M])
         of_rows = of_group + member * places + block * RB + at % PER * BLOCK_M
         lse_log2, delta = tl.load(lse_ptr + of_rows) * LOG2E, tl.load(delta_ptr + of_rows)
-        dk, dv = dkv_step(dk, dv, k_tile, v_tile, q_tile, dout, lse_log2, delta, factor, cap_log2, mask != 0, CAPPED, True, PRECISION)
+        dk, dv = dkv_step(dk, dv, k_tile, v_tile, q_tile, dout, lse_log2, delta, factor, cap_log2, mask != 0, CAPPED, True)
     # A result is written to one of two places; a branch around the stores would undo the cut, a mask does not.
     count = tl.where(slot < 0, tl.load(line_length_ptr + line) - tile * BLOCK_N, 0)
     store_stack(dk_ptr + batch * dk_batch, dk_head, dk_token, kv_head, key, count, dk * scale, BLOCK_N, 1, D)

@@ -121,7 +121,7 @@ def compile_specialised(
     from s2attn.kernels import specialised, specialised_backward
 
     form = choose_form(op, dim, block, shared_heads)
-    constants: dict[str, Any] = {"D": dim, "DV": dim, "PRECISION": "tf32", "CAPPED": capped, **form.constants(op, block)}
+    constants: dict[str, Any] = {"D": dim, "DV": dim, "CAPPED": capped, **form.constants(op, block)}
     if op == "forward":
         constants["SINKS"] = sinks
     kernel = getattr(specialised if op == "forward" else specialised_backward, f"specialised_{op}_kernel")
@@ -160,7 +160,7 @@ def _constants(
         return {**constants, **(of_v | {"SINKS": sinks} if op == "merge" else of_q)}, options
     lines, listed = ("BLOCK_N", "BLOCK_M") if op == "dkv" else ("BLOCK_M", "BLOCK_N")
     constants = {**of_q, **of_v, lines: tiles.line_tokens, listed: tiles.listed_tokens, "RB": block, "F": tiles.factor(block)}
-    constants |= {"SUBS": tiles.per_block(block), "PRECISION": "ieee" if dtype == "fp32" else "tf32", "CAPPED": capped}
+    constants |= {"SUBS": tiles.per_block(block), "CAPPED": capped}
     constants |= {"SINKS": sinks} if op == "forward" else {}
     return constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 

@@ -24,7 +24,7 @@ WIDTHS = (16, 32, 48, 64, 80, 128, 160, 256)
 """Every power of two that holds a width, filled and not."""
 BLOCKS = (16, 32, 64, 128, 256)
 STRICT = ("sm_80", "sm_90", "sm_100")
-"""Where nothing may spill at widths 64 and 128, block 64, plain and with a soft-cap."""
+"""Where nothing may spill at widths 64 and 128: at block 64 plain and with a soft-cap, at others plain."""
 ALIKE = ("sm_86", "sm_89", "sm_120")
 """The same tiles and the same kind of products: their representatives are dealt out."""
 
@@ -93,7 +93,11 @@ def representatives(target: str) -> list[Job]:
         return [*common, *joins(target, (80,))[::2]]
     more = {
         "sm_80": [Job("forward", target, "bf16", 80, 80, 16, True, True), Job("dkv", target, "fp16", 256, 256, 128)],
-        "sm_90": [Job("dq", target, "bf16", 80, 80, 16, True), Job("forward", target, "fp32", 64, 64, 32)],
+        "sm_90": [
+            *(Job(op, target, "bf16", 128, 128, 16) for op in LARGE),
+            Job("dq", target, "bf16", 128, 128, 256),
+            Job("forward", target, "fp32", 64, 64, 32),
+        ],
     }
     return [*common, *more.get(target, []), *joins(target, (64,))[::2]]
 

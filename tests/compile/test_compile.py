@@ -40,6 +40,6 @@ def test_compiles_for(target):
     if target in STRICT:
         usual = [row for row in large if row["dim"] in (64, 128) and row["block"] == 64]
         assert len(usual) == len(LARGE) * 4, "two widths, plain and with a soft-cap"
-        assert [row for row in usual if row["spills"]] == []
+        assert [row for row in large if row["spills"] and row["dim"] in (64, 128) and row["dtype"] == "bf16"] == []
     if target == "sm_90":
         assert [row for row in usual if not row["wgmma"]] == []

@@ -97,5 +97,7 @@ def test_objections(triton_backend):
 
     wide = [torch.zeros(1, 4, 1, 264)] * 3
     assert "head widths up to 256, not 264" in why(*wide)
+    many = [torch.zeros(1, 1, 1, 16).expand(70000, -1, -1, -1)] * 3
+    assert "up to 65535 batch entries and heads, not 70000" in why(*many)
     assert "dtype torch.float64 is not one of" in why(*(t.double() for t in tensors(4, 4, 1, 1, 16, 16, torch.float32)))
     assert "interpreter multiplies bfloat16 wrongly" in why(*tensors(4, 4, 1, 1, 16, 16, torch.bfloat16))

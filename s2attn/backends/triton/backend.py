@@ -18,6 +18,8 @@ from s2attn.backends.triton.ways import Prepared, Way
 from s2attn.layout import Layout
 
 WIDEST = 256
+MOST = 65535
+"""Programs along the second and the third axis of a grid: batch entries, and heads."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,6 +50,8 @@ class Triton(Backend):
             why.append(f"dtype {q.dtype} is not one of float16, bfloat16, float32")
         if max(q.shape[-1], v.shape[-1]) > WIDEST:
             why.append(f"head widths up to {WIDEST}, not {max(q.shape[-1], v.shape[-1])}")
+        if max(q.shape[0], q.shape[2]) > MOST:
+            why.append(f"up to {MOST} batch entries and heads, not {max(q.shape[0], q.shape[2])}")
         if _interpreting():
             if q.dtype == torch.bfloat16:
                 why.append("Triton's interpreter multiplies bfloat16 wrongly")

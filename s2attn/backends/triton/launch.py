@@ -163,6 +163,6 @@ def _constants(q: Tensor, v: Tensor, walk: Walk, tiles: Tiles, block: int, scori
     dim, dim_v = q.shape[-1], v.shape[-1]
     return {
         "D": dim, "DV": dim_v, "BLOCK_D": next_power(dim), "BLOCK_DV": next_power(dim_v), "RB": block, "F": walk.groups.factor,
-        "SUBS": tiles.per_block(block), "CAPPED": scoring.softcap is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "SUBS": tiles.per_block(block), "CAPPED": scoring.softcap is not None,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip

@@ -264,8 +264,7 @@ def _lists(way: SpecialisedWay, *more: Tensor) -> tuple[Tensor, ...]:
 
 
 def _constants(q: Tensor, v: Tensor, way: SpecialisedWay, scoring: Scoring) -> dict[str, Any]:
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    capped = {"CAPPED": scoring.softcap is not None, "PRECISION": precision, "num_warps": 4}
+    capped = {"CAPPED": scoring.softcap is not None, "num_warps": 4}
     return {"D": q.shape[-1], "DV": v.shape[-1], **way.form.constants(way.op, way.block), **capped}
 
 

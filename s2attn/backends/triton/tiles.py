@@ -87,11 +87,16 @@ def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int,
     if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
         # Products on ordinary units, or rows too wide for the registers: small tiles.
         return Tiles(32 if wide <= 128 else 16, 32, 4, 3)
+    gathered = block < 64  # a token number per lane needs registers too
     if op == "dkv":
         if wide > 64:
-            return Tiles(64, 16 if capped else 32, 8, 2 if large else 3)
-        return Tiles(64, 64, 8, 3) if large else Tiles(32, 64, 4, 2)
-    if op == "forward" and large and block >= 128:
+            return Tiles(64, 16 if capped or (large and gathered) else 32, 8, 2 if large else 3)
+        if large:
+            return Tiles(64, 32, 8, 2) if gathered else Tiles(64, 64, 8, 3)
+        return Tiles(32, 32 if gathered else 64, 4, 2)
+    if op == "dq":
+        roomy = wide <= 64 or (block == 64 and not capped)
+        return Tiles(64, 64, 4, 3) if roomy else Tiles(64, 32, 4, 2 if gathered else 3)
+    if large and block >= 128:
         return Tiles(128, 64, 8, 3)
-    roomy = wide <= 64 or (large and op == "forward") or (op == "dq" and not capped)
-    return Tiles(64, 64 if roomy else 32, 4, 3)
+    return Tiles(64, 64 if wide <= 64 or (large and not gathered) else 32, 4, 3)

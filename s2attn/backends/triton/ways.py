@@ -131,4 +131,6 @@ def can_specialise(device: torch.device, dtype: torch.dtype) -> bool:
     """The compiler makes the cut for Hopper and 16-bit numbers; the interpreter runs the same source without it, in float32 too."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_capability(device) == (9, 0) and dtype != torch.float32
+    # AMD's cards have capabilities of the same look.
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and dtype != torch.float32

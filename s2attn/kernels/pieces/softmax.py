@@ -35,7 +35,7 @@ def rescaled(m_i, top):
 
 
 @triton.jit
-def softmax_step(acc, m_i, l_i, scores_log2, v_tile, PRECISION: tl.constexpr):
+def softmax_step(acc, m_i, l_i, scores_log2, v_tile):
     """Fold one ``[BLOCK_M, BLOCK_N]`` tile of log2 scores, and the values behind it, into the running softmax.
 
     ``m_i`` is the running maximum (-inf at first), ``l_i`` the running sum, ``acc`` the unnormalised output, all float32.
@@ -44,7 +44,7 @@ def softmax_step(acc, m_i, l_i, scores_log2, v_tile, PRECISION: tl.constexpr):
     p = tl.exp2(scores_log2 - shift[:, None])
     l_i = l_i * keep + tl.sum(p, 1)
     acc = acc * keep[:, None]
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
     return acc, m_i, l_i
 
 
