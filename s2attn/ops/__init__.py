@@ -2,6 +2,7 @@
 
 from s2attn.ops.attention import attention
 from s2attn.ops.merge import merge
+from s2attn.ops.score import antidiagonal
 from s2attn.ops.warmup import warmup
 
-__all__ = ["attention", "merge", "warmup"]
+__all__ = ["antidiagonal", "attention", "merge", "warmup"]
