@@ -99,7 +99,7 @@ def attention(
     if packed or joined:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = attention_op(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    if out.grad_fn is not None and isinstance(pattern, Selector):
+    if isinstance(pattern, Selector) and out.grad_fn is not None:
         out.grad_fn.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
     if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)

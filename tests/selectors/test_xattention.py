@@ -172,7 +172,7 @@ def test_sinks_join_the_denominator():
 
 
 def test_gradients_in_float64():
-    q, k, v = tensors(2, 40, 48, 2, 1, 4, torch.float64)
+    q, k, v = tensors(2, 9, 21, 2, 1, 3, torch.float64)
     selector = XAttention(4, 0.6, block=16)
     assert torch.autograd.gradcheck(lambda *x: s2attn.attention(*x, selector, return_lse=True), (q, k, v))
 
