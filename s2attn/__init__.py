@@ -57,6 +57,7 @@ __all__ = [
     "attention",
     "build_layout",
     "describe",
+    "hyper_attention",
     "merge",
     "parse_pattern",
     "plot",
@@ -69,6 +70,7 @@ _LAZY = {
     "Report": "s2attn.lab.describe",
     "XAttention": "s2attn.selectors",
     "describe": "s2attn.lab.describe",
+    "hyper_attention": "s2attn.selectors",
     "plot": "s2attn.lab.plot",
 }
 
