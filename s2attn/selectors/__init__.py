@@ -2,8 +2,22 @@
 
 from s2attn.ops.selector import Call, Selector
 from s2attn.selectors.base import MassSelector
+from s2attn.selectors.family import Gated, MeanPool, PageBounds
 from s2attn.selectors.hyper import hyper_attention
+from s2attn.selectors.lines import FlexPrefill, VerticalSlash
 from s2attn.selectors.select import select
 from s2attn.selectors.xattention import XAttention
 
-__all__ = ["Call", "MassSelector", "Selector", "XAttention", "hyper_attention", "select"]
+__all__ = [
+    "Call",
+    "FlexPrefill",
+    "Gated",
+    "MassSelector",
+    "MeanPool",
+    "PageBounds",
+    "Selector",
+    "VerticalSlash",
+    "XAttention",
+    "hyper_attention",
+    "select",
+]

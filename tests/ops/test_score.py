@@ -142,3 +142,15 @@ def test_empty_calls():
 def test_bad_arguments(settings_, words):
     with pytest.raises(ValueError, match=words):
         antidiagonal(*tensors(1, 64, 64, 2, 1), **settings_)
+
+
+def test_a_thin_slash_is_seen_at_odd_distances_only():
+    """What the page of selectors says: pairs of one antidiagonal of an even stride lie at odd distances."""
+    codes = torch.nn.functional.normalize(torch.randn(256, 64), dim=1)
+    held = {}
+    for distance in (96, 97):
+        q = torch.zeros(256, 64)
+        q[distance:] = codes[: 256 - distance] * 300
+        mass = antidiagonal(q[None, :, None], codes[None, :, None], stride=4, block=32)[0, 0, 6:]
+        held[distance] = (mass[:, 2:5].sum(-1) / mass.sum(-1)).min().item()
+    assert held[97] > 0.9 > 0.75 > held[96]
