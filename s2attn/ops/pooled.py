@@ -99,7 +99,7 @@ def _means(x: Tensor, block: int) -> Tensor:
     """``(B, blocks, heads, D)`` float32."""
     seqlen, blocks = x.shape[1], -(-x.shape[1] // block)
     sums = pad(x.float(), (0, 0, 0, 0, 0, blocks * block - seqlen)).unflatten(1, (blocks, block)).sum(dim=2)
-    count = torch.full((blocks, 1, 1), float(block), device=x.device)
+    count = torch.full((blocks, 1, 1), float(block), dtype=torch.float32, device=x.device)
     count[-1:] -= blocks * block - seqlen
     return sums / count
 

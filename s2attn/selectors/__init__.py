@@ -2,6 +2,7 @@
 
 from s2attn.ops.selector import Call, Selector
 from s2attn.selectors.base import MassSelector
+from s2attn.selectors.calibrate import calibrate
 from s2attn.selectors.family import Gated, MeanPool, PageBounds
 from s2attn.selectors.hyper import hyper_attention
 from s2attn.selectors.lines import FlexPrefill, VerticalSlash
@@ -18,6 +19,7 @@ __all__ = [
     "Selector",
     "VerticalSlash",
     "XAttention",
+    "calibrate",
     "hyper_attention",
     "select",
 ]

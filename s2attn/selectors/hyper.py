@@ -138,7 +138,7 @@ class _Run:
     def square(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Every query sees every key."""
         cut = _Stretches.of(q.shape[1], k.shape[1], self.how.block)
-        if len(cut.k_lengths) <= 1 or max(cut.outside) <= self.how.samples:
+        if not q.shape[0] or len(cut.k_lengths) <= 1 or max(cut.outside) <= self.how.samples:
             return self.exact(q, k, v, causal=False)
         order_q, order_k = bucket_order(q.detach(), self.planes), bucket_order(k.detach(), self.planes)
         q_sorted, k_sorted, v_sorted = reorder(q, order_q), reorder(k, order_k), reorder(v, order_k)

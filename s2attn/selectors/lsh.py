@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s2attn.backends.checks import exact_arithmetic
+
 
 def hyperplanes(count: int, width: int, generator: torch.Generator) -> Tensor:
     """``(count, width)`` float32: normals of random hyperplanes."""
-    return torch.randn(count, width, generator=generator, device=generator.device)
+    return torch.randn(count, width, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def gray_rank(code: Tensor) -> Tensor:
@@ -28,7 +30,8 @@ def buckets(x: Tensor, planes: Tensor) -> Tensor:
 
     Two vectors at an angle theta agree in each bit with probability ``1 - theta / pi``.
     """
-    side = (x.float() @ planes.transpose(0, 1)) > 0
+    with exact_arithmetic(x.device):
+        side = (x.float() @ planes.transpose(0, 1)) > 0
     weight = 2 ** torch.arange(len(planes), device=x.device)
     return gray_rank((side * weight).sum(dim=-1))
 

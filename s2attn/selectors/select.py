@@ -94,7 +94,7 @@ def _limits(top_k: int | None, coverage: float | Sequence[float] | None, thresho
     numbers = list(coverage) if isinstance(coverage, Sequence) else [coverage] * heads
     if len(numbers) != heads:
         raise bad_value("coverage", f"must be one number, or one for each of the {heads} heads", f"{len(numbers)} numbers")
-    return torch.tensor([check_share("coverage", number) for number in numbers])
+    return torch.tensor([check_share("coverage", number) for number in numbers], dtype=torch.float32)
 
 
 def check_share(name: str, value: object) -> float:

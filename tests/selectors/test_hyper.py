@@ -272,7 +272,23 @@ def test_bad_arguments(settings, error, words):
         hyper_attention(**arguments)
 
 
+def test_autocast_changes_the_arithmetic_of_attention_not_the_buckets():
+    q, k, v = (x.detach().bfloat16().float() for x in tensors(1, 300, 300, 2, 1))
+    settings = {"block": 32, "samples": 16, "min_seqlen": 64}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = hyper_attention(q, k, v, **settings)
+    assert out.dtype == torch.bfloat16
+    plain = hyper_attention(q, k, v, **settings)
+    assert (out.float() - plain).norm() < 4 * torch.finfo(torch.bfloat16).eps * plain.norm()
+
+
 def test_empty_calls():
+    assert hyper_attention(torch.ones(0, 99, 2, 4), *(torch.ones(0, 99, 1, 4),) * 2, min_seqlen=0, block=16, samples=4).shape == (
+        0,
+        99,
+        2,
+        4,
+    )
     out, lse = hyper_attention(torch.ones(1, 0, 2, 4), *(torch.ones(1, 0, 1, 4),) * 2, return_lse=True)
     assert out.shape == (1, 0, 2, 4) and lse.shape == (1, 2, 0)
     assert torch.equal(

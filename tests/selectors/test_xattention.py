@@ -202,6 +202,25 @@ def test_the_layout_lives_as_long_as_a_backward_may_come():
     assert kept[0]() is None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, where a graph breaks
+def test_compiled_calls_break_their_graph_and_give_the_same():
+    q, k, v = tensors(2, 96, 96, 4, 2)
+    selector = XAttention(8, 0.6, block=32)
+    compiled = torch.compile(lambda q, k, v: 2 * s2attn.attention(q + 0, k, v, selector), backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), 2 * s2attn.attention(q, k, v, selector))
+    got = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
+    for a, b in zip(got, torch.autograd.grad(2 * s2attn.attention(q, k, v, selector).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_chooses_from_what_attention_sees():
+    q, k, v = (x.detach() for x in tensors(1, 256, 256, 2, 1))
+    selector = XAttention(8, 0.7, block=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = s2attn.attention(q, k, v, selector)
+    assert torch.equal(out, s2attn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), selector))
+
+
 def test_calls_without_anything_to_choose():
     selector = XAttention(8, block=32)
     for batch, t, s in ((2, 0, 5), (2, 5, 0), (0, 5, 5)):
