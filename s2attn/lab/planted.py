@@ -14,8 +14,8 @@ STRUCTURES = ("verticals", "slashes", "bands")
 
 
 @dataclass(frozen=True, eq=False)
-class Planted:
-    """One sample: q ``(1, T, H, D)``, k and v ``(1, T, G, D)``, float32."""
+class Sample:
+    """What goes into attention: q ``(B, T, H, D)``, k ``(B, S, G, D)``, v ``(B, S, G, Dv)``."""
 
     q: Tensor
     k: Tensor
@@ -33,7 +33,7 @@ def planted(
     width: int = 32,
     strength: float = 12.0,
     seed: int = 0,
-) -> Planted:
+) -> Sample:
     """Noise in which every head also looks at some lines of keys.
 
     Args:
@@ -80,4 +80,4 @@ def planted(
                 there = run - distance
                 q[group] += codes[there.clamp(min=0)] * (there >= 0).unsqueeze(1)
     v = torch.randn(kv_heads, seqlen, head_dim, generator=rng)
-    return Planted(*(x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)))
+    return Sample(*(x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)))

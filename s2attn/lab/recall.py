@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2attn.core import bad_kind, bad_value
-from s2attn.lab.planted import Planted
+from s2attn.lab.planted import Sample
+from s2attn.nn import SparseAttention
 from s2attn.ops.attention import attention
 from s2attn.ops.checks import check_scale, check_tensors
 from s2attn.ops.score import antidiagonal
@@ -91,12 +92,37 @@ def _exists(seqlen_q: int, seqlen_k: int, block: int, causal: bool, device: torc
     return (first <= last[:, None]) if causal else torch.ones(rows, columns, dtype=torch.bool, device=device)
 
 
+def captured(model: nn.Module, *inputs: object) -> list[Sample]:
+    """What goes into each `SparseAttention` of a model, in the order in which it runs them, when it is called with ``inputs``.
+
+    The demo's model with a checkpoint and a long text gives data to judge selectors on, and to calibrate them.
+
+    Raises:
+        ValueError: the model holds no `SparseAttention`, or does not run it.
+    """
+    samples: list[Sample] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        samples.append(Sample(*(x.detach().clone() for x in args[:3])))
+
+    hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, SparseAttention)]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not samples:
+        raise bad_value("model", "must run a SparseAttention", type(model).__name__)
+    return samples
+
+
 Judged = Mapping[tuple[str, str], Sequence[Recall]]
 """By (data, method) the results over its budgets."""
 
 
 def judge(
-    methods: Mapping[str, Sequence[Selector]], data: Mapping[str, Planted], *, causal: bool = True
+    methods: Mapping[str, Sequence[Selector]], data: Mapping[str, Sample], *, causal: bool = True
 ) -> dict[tuple[str, str], list[Recall]]:
     """Every method at each of its budgets on all data.
 

@@ -55,10 +55,11 @@ def hyper_attention(
         samples: keys drawn outside of each stretch, with replacement.
         min_seqlen: attention is exact up to this length; the causal halves are cut down to it.
         seed: of hyperplanes and samples; the same seed on the same device gives the same result.
-        sampling: "uniform", or "value_norm": half of the probability is uniform, the other half in proportion to ``||v||^2``, so that
-            keys with large values are drawn more often (section 3, Lemma 2, of the paper; the uniform half keeps the denominator right).
+        sampling: "uniform", or "value_norm": half of the probability is uniform, the other half in proportion to ``||v||^2``. The paper
+            draws in proportion to ``||v||^2`` alone, but then estimates the denominator apart; one draw serves both here.
         kappa: None, or the paper's floor on sampled softmax sums (algorithm 2): none is taken below the largest exact one among
-            ``samples`` random queries, divided by ``kappa``. The floor adds to the denominator alone.
+            ``samples`` random queries, divided by ``kappa``. The floor adds to the denominator alone. The paper's other clamp, on single
+            terms of these sums, is not offered.
 
     Returns:
         out ``(B, T, H, Dv)``; with ``return_lse`` also the estimated lse ``(B, H, T)``.

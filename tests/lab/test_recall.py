@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from s2attn import Dense, XAttention, attention
+from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.lab.planted import STRUCTURES, planted
-from s2attn.lab.recall import judge, recall, recall_chart, recall_table
-from s2attn.selectors import Gated, MeanPool
+from s2attn.lab.recall import captured, judge, recall, recall_chart, recall_table
+from s2attn.selectors import Gated, MeanPool, calibrate
 
 
 def at_random(blocks, top_k, block=32):
@@ -88,12 +89,25 @@ def test_table_and_chart(tmp_path):
     assert recall_chart(judged, tmp_path / "recall.png").stat().st_size > 1000
 
 
+def test_queries_and_keys_of_a_model_serve_for_judging_and_calibrating():
+    model = LanguageModel(ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48))
+    tokens = torch.randint(256, (1, 192))
+    samples = captured(model, tokens)
+    assert [sample.q.shape for sample in samples] == [(1, 192, 4, 8)] * 2 and samples[0].k.shape == (1, 192, 2, 8)
+    again = captured(model, tokens)
+    assert torch.equal(again[1].k, samples[1].k) and not torch.equal(samples[0].k, samples[1].k)
+    selector = calibrate(XAttention(8, block=32), [[(sample.q, sample.k)] for sample in samples], target=0.8)
+    for layer, x in enumerate(samples):
+        assert recall(selector, x.q, x.k, x.v, layer=layer).kept > 0.8
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
         (lambda: planted("dots", seqlen=64), ValueError, "structure must be one of verticals, slashes, bands; got 'dots'"),
         (lambda: planted("bands", seqlen=64, lines=3), ValueError, r"lines must be at most seqlen / width \(2\); got 3"),
         (lambda: planted("bands", seqlen=64, kv_heads=3), ValueError, r"kv_heads must divide heads \(4\); got 3"),
+        (lambda: captured(torch.nn.Linear(2, 2), torch.ones(1, 2)), ValueError, "model must run a SparseAttention; got Linear"),
         (lambda: recall(Dense(), *(torch.ones(1, 8, 1, 4),) * 3), TypeError, "selector must be a Selector; got Dense"),
         (lambda: recall(XAttention(), *(torch.ones(1, 0, 1, 4),) * 3), ValueError, "must hold a query that sees a key"),
     ],
