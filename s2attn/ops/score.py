@@ -17,6 +17,7 @@ from s2attn.core import bad_value, check_block, check_int
 from s2attn.ops.checks import check_scale, check_softcap, check_tensors
 
 _AT_ONCE = 1 << 22  # logits of one KV head that are in memory together
+_CAUSAL_TILES = 8
 
 
 def antidiagonal(
@@ -109,7 +110,10 @@ class _Reduced:
     def write_mass(self, out: Tensor, per_block: int) -> None:
         """Fill ``out (group, query blocks, key blocks)``, which is 0, with the mass of blocks of ``per_block`` groups."""
         heads, groups_q = self.q.shape[:2]
-        height = max(1, _AT_ONCE // (heads * len(self.k) * per_block)) * per_block
+        blocks = max(1, _AT_ONCE // (heads * len(self.k) * per_block))
+        if self.reach is not None:  # a tile is as wide as its last row, so tall ones would waste half of the work
+            blocks = min(blocks, -(-groups_q // (per_block * _CAUSAL_TILES)))
+        height = blocks * per_block
         for at in range(0, groups_q, height):
             end = min(groups_q, at + height)
             width = len(self.k) if self.reach is None else min(len(self.k), self.reach + end)
