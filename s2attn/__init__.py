@@ -53,9 +53,11 @@ __all__ = [
     "Stride",
     "Unsupported",
     "Window",
+    "XAttention",
     "attention",
     "build_layout",
     "describe",
+    "hyper_attention",
     "merge",
     "parse_pattern",
     "plot",
@@ -63,8 +65,14 @@ __all__ = [
     "warmup",
 ]
 
-# The lab is loaded when it is first asked for: attention alone does not need it.
-_LAZY = {"Report": "s2attn.lab.describe", "describe": "s2attn.lab.describe", "plot": "s2attn.lab.plot"}
+# The lab and the selectors are loaded when they are first asked for: attention alone does not need them.
+_LAZY = {
+    "Report": "s2attn.lab.describe",
+    "XAttention": "s2attn.selectors",
+    "describe": "s2attn.lab.describe",
+    "hyper_attention": "s2attn.selectors",
+    "plot": "s2attn.lab.plot",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ NAMES = {"sdpa": "dense, torch SDPA", "s2attn": "S2, s2attn", "flex": "S2, compi
 OPS = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
-def _figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained")
@@ -31,7 +31,7 @@ def _figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[
 
 def loss_chart(history: Mapping[str, Sequence[Record]], path: Path) -> Path:
     """Training loss (faint: every step; strong: running mean) and validation loss of every run, in nats per byte."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     for i, (name, entries) in enumerate(history.items()):
         color, label, width = COLORS.get(name), NAMES.get(name, name), 3.2 if i == 0 else 1.6
         steps = [entry["step"] for entry in entries if "loss" in entry]
@@ -72,7 +72,7 @@ def timed_rows(rows: Sequence[Record], peer: str, op: str, key: str = "median_s"
 def times_chart(rows: Sequence[Record], path: Path) -> Path:
     """Median milliseconds over length, a panel per op, a line per peer, with p20 to p80 shaded; both axes logarithmic."""
     ops = [op for op in OPS if any(timed_rows(rows, peer, op) for peer in NAMES)]
-    figure, axes = _figure(max(1, len(ops)))
+    figure, axes = new_figure(max(1, len(ops)))
     for axis, op in zip(axes, ops, strict=False):
         for peer in ("sdpa", "flex", "s2attn"):
             found = timed_rows(rows, peer, op)
@@ -93,7 +93,7 @@ def times_chart(rows: Sequence[Record], path: Path) -> Path:
 def memory_chart(rows: Sequence[Record], path: Path) -> Path:
     """Peak memory of a call over length, measured; dotted, what one head's S x S scores would take."""
     ops = [op for op in OPS if any(timed_rows(rows, peer, op, "peak_bytes") for peer in NAMES)]
-    figure, axes = _figure(max(1, len(ops)))
+    figure, axes = new_figure(max(1, len(ops)))
     for axis, op in zip(axes, ops, strict=False):
         for peer in ("sdpa", "flex", "s2attn"):
             found = timed_rows(rows, peer, op, "peak_bytes")

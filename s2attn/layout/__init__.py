@@ -1,5 +1,6 @@
 """What a kernel walks: block lists per head with mask tiles, made by interval arithmetic."""
 
+from s2attn.layout.blocks import from_blocks
 from s2attn.layout.build import HeadRange, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.layout.convert import from_block_table, from_dense, to_block_table, to_dense
 from s2attn.layout.count import dense_pairs
@@ -17,6 +18,7 @@ __all__ = [
     "dense_pairs",
     "from_block_mask",
     "from_block_table",
+    "from_blocks",
     "from_dense",
     "layout_heads",
     "read_cu_seqlens",

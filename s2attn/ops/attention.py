@@ -11,6 +11,7 @@ from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout
 from s2attn.ops.checks import check_cu_seqlens, check_layout, check_scale, check_sinks, check_softcap, check_tensors
 from s2attn.ops.register import attention_op
+from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
 from s2attn.patterns import Pattern, Recipe
 
@@ -19,7 +20,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Layout,
+    pattern: Pattern | Layout | Selector,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -42,7 +43,8 @@ def attention(
     Args:
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides.
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
-        pattern: which keys are seen: a `Pattern`, or a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply).
+        pattern: which keys are seen: a `Pattern`; a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply); or a
+            selector such as `XAttention`, which chooses for every sample of the batch (``block``, ``heads`` then do not apply).
         causal: cut keys after the query.
         scale: factor on q.k; ``D ** -0.5`` by default.
         softcap: bound on logits: ``x = scale * q.k`` becomes ``softcap * tanh(x / softcap)``, before the mask (as in Gemma 2).
@@ -76,25 +78,40 @@ def attention(
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
     q, k, v = _autocast(q, k, v)
-    if isinstance(pattern, Layout):
+    layout = pattern if isinstance(pattern, Layout) else None
+    if isinstance(pattern, Selector):
+        if block is not None or heads is not None:
+            raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
+        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer}
+        layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        source, index = layout_text(layout), layout.tensors()
+    elif layout is not None:
         if block is not None or layer or heads is not None:
             raise bad_value("block, layer and heads", "must be left out when a Layout is given", (block, layer, heads))
-        check_layout(pattern, q, k, causal, packed)
-        source, index = layout_text(pattern), pattern.tensors()
+        check_layout(layout, q, k, causal, packed)
+        source, index = layout_text(layout), layout.tensors()
     else:
         source, index = _pattern_source(pattern, block, causal, layer, heads, q), given
-    if packed:
+    batch = q.shape[0]
+    joined = layout is not None and layout.packed and not packed  # samples that differ in their blocks run as sequences of one call
+    if joined:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if packed or joined:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = attention_op(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    if packed:
+    if isinstance(pattern, Selector) and out.grad_fn is not None:
+        out.grad_fn.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
+    if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)
+    if joined:
+        out, lse = out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
 def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, heads: HeadRange | None, q: Tensor) -> str:
     if not isinstance(pattern, Pattern):
         hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
-        raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)
+        raise bad_kind("pattern", f"must be a Pattern, a Layout or a selector{hint}", pattern)
     if block is not None:
         check_block("block", block)
     if heads is not None:
