@@ -55,16 +55,24 @@ __all__ = [
     "Window",
     "attention",
     "build_layout",
+    "decode",
     "describe",
     "merge",
     "parse_pattern",
     "plot",
     "preset",
+    "store_kv",
     "warmup",
 ]
 
-# The lab is loaded when it is first asked for: attention alone does not need it.
-_LAZY = {"Report": "s2attn.lab.describe", "describe": "s2attn.lab.describe", "plot": "s2attn.lab.plot"}
+# The lab and serving are loaded when they are first asked for: attention alone does not need them.
+_LAZY = {
+    "Report": "s2attn.lab.describe",
+    "decode": "s2attn.ops.decode",
+    "describe": "s2attn.lab.describe",
+    "plot": "s2attn.lab.plot",
+    "store_kv": "s2attn.ops.store",
+}
 
 
 def __getattr__(name: str) -> Any:

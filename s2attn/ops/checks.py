@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value
-from s2attn.layout import Layout
+from s2attn.layout import HeadRange, Layout
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -74,6 +74,16 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         raise bad_value("sinks", f"must have shape ({q.shape[-2]},), one number for each head of q", tuple(sinks.shape))
     if sinks.device != q.device:
         raise bad_value("sinks", f"must lie on the device of q, {q.device}", sinks.device)
+
+
+def check_heads(heads: HeadRange | None, q: Tensor) -> None:
+    """The global heads that q's heads are."""
+    if heads is None:
+        return
+    if not isinstance(heads, HeadRange):
+        raise bad_kind("heads", "must be a HeadRange", heads)
+    if heads.end - heads.start != q.shape[-2]:
+        raise bad_value("heads", f"must name as many heads as q has ({q.shape[-2]})", f"({heads.start}, {heads.end})")
 
 
 def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[Tensor]:

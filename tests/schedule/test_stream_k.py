@@ -13,7 +13,7 @@ from s2attn.schedule import list_pieces, most_pieces, stream_k, stream_k_program
 counts = st.lists(st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 90)), max_size=12).map(lambda x: np.array(x, dtype=np.int64))
 
 
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(counts, st.integers(1, 40))
 def test_pieces_cover_every_tile_once_and_evenly(tiles: np.ndarray, programs: int) -> None:
     pieces = list_pieces(tiles, programs)
@@ -37,7 +37,7 @@ def test_pieces_cover_every_tile_once_and_evenly(tiles: np.ndarray, programs: in
     assert all(0 <= slot < 2 * programs for slot in slots)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(counts, st.integers(1, 40))
 def test_the_arithmetic_agrees_with_the_spelled_out_pieces(tiles: np.ndarray, programs: int) -> None:
     plan, pieces = stream_k(torch.from_numpy(tiles), programs), list_pieces(tiles, programs)
