@@ -50,6 +50,7 @@ __all__ = [
     "Report",
     "Sink",
     "SparseAttention",
+    "SparseCache",
     "Stride",
     "Unsupported",
     "Window",
@@ -68,6 +69,7 @@ __all__ = [
 # The lab and serving are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Report": "s2attn.lab.describe",
+    "SparseCache": "s2attn.cache.sparse",
     "decode": "s2attn.ops.decode",
     "describe": "s2attn.lab.describe",
     "plot": "s2attn.lab.plot",
