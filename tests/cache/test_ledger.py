@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2attn import Dense, HeadRange, Local, Pattern, PerHead, Power, Recipe, Stride, Window, build_layout, preset
-from s2attn.cache import CacheFull, Ledger
+from s2attn.cache import CacheFull, Ledger, page_needs, pages_needed
 from s2attn.cache.ledger import GONE
-from s2attn.cache.needs import page_needs
 from s2attn.layout import dense_pairs
 from s2attn.testing import dense_mask
 from s2attn.testing.strategies import patterns
@@ -145,6 +144,23 @@ def test_pages_that_are_dead_make_room_without_being_asked() -> None:
     for _ in range(LONGEST // 10):
         ledger.reserve(0, [(sequence, 10)])
     assert ledger.used_pages <= 3
+
+
+@settings(max_examples=60)
+@given(patterns(), st.integers(1, 70), st.sampled_from([16, 48]), st.data())
+def test_the_pages_that_are_said_to_be_needed_are_enough(pattern, chunk, page_size, data) -> None:
+    """Steps of any lengths up to ``chunk``, with and without trimming between the layers."""
+    shape = {"num_kv_heads": 2, "num_heads": 4, "num_layers": 2, "page_size": page_size}
+    enough = pages_needed(pattern, tokens=LONGEST, chunk=chunk, **shape)
+    ledger = make(pattern, page_size=page_size, num_pages=enough)
+    sequence, trim = ledger.open(), data.draw(st.booleans())
+    while ledger.length(sequence) < LONGEST:
+        step = min(data.draw(st.integers(1, chunk)), LONGEST - ledger.length(sequence))
+        for layer in range(2):
+            ledger.reserve(layer, [(sequence, step)])
+            if trim:
+                ledger.trim(sequence, layer)
+    assert enough <= make(pattern, page_size=page_size).needs.size
 
 
 @pytest.mark.parametrize(
