@@ -7,11 +7,14 @@ from torch import Tensor
 
 from s2attn.cache import SparseCache, pages_needed
 from s2attn.lab.model import ModelConfig
+from s2attn.layout import default_block
 from s2attn.nn import SparseAttention
 
 
 class PagedCache:
     """A cache with room for ``batch`` sequences of ``capacity`` tokens, which come ``chunk`` at a time or fewer.
+
+    Pages have ``page_size`` tokens, by default as many as the finest block of any layer.
 
     Attributes:
         sparse: the cache itself, which counts its bytes.
@@ -26,9 +29,11 @@ class PagedCache:
         *,
         batch: int = 1,
         chunk: int = 512,
-        page_size: int = 16,
+        page_size: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if page_size is None:
+            page_size = min(default_block(config.recipe.pattern(layer)) for layer in range(config.layers))
         shape = {"num_kv_heads": config.kv_heads, "num_heads": config.heads, "num_layers": config.layers, "page_size": page_size}
         pages = batch * pages_needed(config.recipe, tokens=capacity, chunk=chunk, **shape)
         self.sparse = SparseCache(config.recipe, head_dim=config.head_dim, num_pages=pages, max_tokens=capacity, dtype=dtype, **shape)
