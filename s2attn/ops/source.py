@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from s2attn.layout import HeadRange, Layout, build_layout, read_cu_seqlens
+from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.patterns import Pattern
 
 LAYOUT_TEXT = "layout"
 
 _lock = Lock()
 _layouts: OrderedDict[tuple, Layout] = OrderedDict()
+_shared: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
+"""The same layouts by what they were made of: layers whose heads have equal patterns use one."""
 _lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _KEEP_LAYOUTS = 256
 _KEEP_BYTES = 2 << 30
@@ -73,9 +76,13 @@ def layout_of(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...] 
     made = _build(text, sizes, lengths)
     with _lock:
         _layouts[key] = made
-        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or sum(layout.nbytes for layout in _layouts.values()) > _KEEP_BYTES):
+        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or _kept_bytes() > _KEEP_BYTES):
             _layouts.popitem(last=False)
     return made
+
+
+def _kept_bytes() -> int:
+    return sum({id(layout): layout.nbytes for layout in _layouts.values()}.values())
 
 
 def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
@@ -106,7 +113,18 @@ def _build(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...]) ->
         "heads": heads,
         "device": sizes.device,
     }
-    return build_layout(_read_pattern(spec), sizes.num_heads, sizes.num_kv_heads, **tokens, **settings)
+    pattern = _read_pattern(spec)
+    everyone = heads or HeadRange(0, sizes.num_heads, sizes.num_heads, sizes.num_kv_heads)
+    resolved = layout_heads(pattern, everyone, sizes.num_kv_heads, int(layer))
+    key = (resolved, int(block) or default_block(pattern), causal, sizes, lengths)
+    with _lock:
+        found = _shared.get(key)
+    if found is not None:
+        return found
+    made = build_layout(pattern, sizes.num_heads, sizes.num_kv_heads, **tokens, **settings)
+    with _lock:
+        _shared[key] = made
+    return made
 
 
 @lru_cache(maxsize=256)
