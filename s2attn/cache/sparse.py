@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2attn.backends.checks import FLOATS
 from s2attn.cache.ledger import GONE, Ledger, Room
 from s2attn.cache.needs import page_needs, pattern_of
 from s2attn.core import bad_kind, bad_value, check_int
@@ -65,8 +66,8 @@ class SparseCache:
     ) -> None:
         if not isinstance(pattern, (Pattern, Recipe)):
             raise bad_kind("pattern", "must be a Pattern or a Recipe", pattern)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise bad_kind("dtype", "must be a floating point torch.dtype", dtype)
+        if dtype not in FLOATS:
+            raise bad_value("dtype", f"must be one of {', '.join(str(one) for one in FLOATS)}", dtype)
         self.pattern, self.num_kv_heads = pattern, check_int("num_kv_heads", num_kv_heads, 1)
         self.num_layers = check_int("num_layers", num_layers, 1)
         self.num_heads = self.num_kv_heads if num_heads is None else check_int("num_heads", num_heads, 1)

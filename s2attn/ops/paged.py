@@ -38,11 +38,13 @@ def _decode(
     table = block_table.unsqueeze(1) if block_table.dim() == 2 else block_table
     pages = Pages(k_pages, v_pages, table, k_scale, v_scale)
     chosen = pick_paged(backend, q, pages)
+    if not q.numel():
+        return _fake(q, k_pages, v_pages, sinks, k_scale, v_scale, block_table, seq_lens, cu_seqlens_q, source, scale, softcap, backend)
     lengths = read_lengths(cu_seqlens_q, seq_lens, q.shape[1], table.shape[2] * pages.page_size)
     layout = layout_of(source, CallSizes(q.shape[1], q.shape[2], lengths[1][-1], pages.kv_heads, q.device), lengths)
     check_listed(layout, pages)
     floor = None if sinks is None else sinks.detach().to(lse_dtype(q.dtype))
-    if not q.numel() or not layout.rows.entries:
+    if not layout.rows.entries:
         out, lse = _fake(q, k_pages, v_pages, sinks, k_scale, v_scale, block_table, seq_lens, cu_seqlens_q, source, scale, softcap, backend)
         return out.zero_(), lse.fill_(-torch.inf) if floor is None else lse.copy_(floor[:, None])
     with exact_arithmetic(q.device):

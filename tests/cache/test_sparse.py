@@ -155,7 +155,9 @@ def test_heads_of_one_rank_are_those_of_the_whole_model() -> None:
         ({"num_heads": 3}, "num_kv_heads must divide num_heads"),
         ({"num_pages": 0}, "num_pages must be an integer >= 1"),
         ({"max_tokens": 0}, "max_tokens must be an integer >= 1"),
-        ({"dtype": torch.int8}, "dtype must be a floating point"),
+        ({"dtype": torch.int8}, r"dtype must be one of torch\.float64, .*; got torch\.int8"),
+        ({"dtype": "float32"}, "dtype must be one of"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype must be one of"),
         ({"heads": HeadRange(0, 4, 8, 4)}, r"heads must name num_heads \(2\) heads"),
     ],
 )

@@ -150,6 +150,17 @@ def test_padding_sees_nothing():
     assert (out == 0).all() and (lse == 1).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 1), (2, 0)])
+def test_no_queries_at_all(shape):
+    pages, table, lengths = (
+        torch.randn(2, 3, 16, 2, 8),
+        torch.zeros(shape[0], 1, dtype=torch.int32),
+        torch.zeros(shape[0], dtype=torch.int32),
+    )
+    out, lse = s2attn.decode(torch.randn(*shape, 4, 8), *pages, S2, block_table=table, seq_lens=lengths, return_lse=True)
+    assert out.shape == (*shape, 4, 8) and lse.shape == (shape[0], 4, shape[1])
+
+
 def test_nan_in_a_seen_key_reaches_only_the_rows_that_see_it():
     lengths, group = [(40, 90)], (2, 1)
     q, k, v = random_sequences(lengths, *group)
