@@ -67,6 +67,17 @@ def test_exactly_the_pages_stay_that_a_later_query_reads(pattern, group, page_si
     assert ledger.used_pages == 0
 
 
+def test_pages_live_from_their_first_query_to_their_last() -> None:
+    """Each query sees itself alone: a page lives while it fills, and the 257th token has a page for one step."""
+    ledger = make(Window(1), layers=1, kv_heads=1, heads=1, max_tokens=257)
+    sequence = ledger.open()
+    for length in range(1, 258):
+        (room,) = ledger.reserve(0, [(sequence, 1)])
+        assert room.slots.item() != GONE
+        ledger.trim(sequence)
+        assert ledger.used_pages == (length % 16 > 0 and length < 257)
+
+
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from([Dense(), Window(20), Local(2, 16) | Stride(3, block=16), Power(block=16)]))
 def test_any_order_of_calls_keeps_the_books(data, pattern) -> None:
