@@ -230,6 +230,19 @@ def test_the_op_is_registered_as_torch_wants_it():
     torch.library.opcheck(decode_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_compilers_take_it_as_one_operator():
+    """One graph serves all lengths; nothing in it looks at numbers."""
+    c = good_call()
+
+    def call(q, k_pages, v_pages, table, lengths):
+        return s2attn.decode(2 * q, k_pages, v_pages, S2, block_table=table, seq_lens=lengths) + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for lengths in (torch.tensor([47, 20]), torch.tensor([48, 21])):
+        arguments = c["q"], c["k_pages"], c["v_pages"], c["block_table"], lengths
+        assert torch.equal(compiled(*arguments), call(*arguments))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
