@@ -107,7 +107,7 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -
 
 def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: bool) -> None:
     """An explicit layout against the call: lengths, heads, device, causality, packing."""
-    seq, heads = (0, 1) if packed else (1, 2)
+    seq = 0 if packed else 1
     if layout.packed != packed:
         kind = (
             "packed sequences, so q must be (total, heads, head_dim) with cu_seqlens" if layout.packed else "one sequence, not packed ones"
@@ -116,9 +116,14 @@ def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: boo
     if (layout.seqlen_q, layout.seqlen_k) != (q.shape[seq], k.shape[seq]):
         came = f"({layout.seqlen_q}, {layout.seqlen_k})"
         raise bad_value("layout", f"must have the lengths of q and k, ({q.shape[seq]}, {k.shape[seq]})", came)
-    if q.shape[heads] % layout.heads:
-        raise bad_value("layout", f"must have a number of heads that divides the {q.shape[heads]} heads of q", layout.heads)
-    if layout.device != q.device:
-        raise bad_value("layout", f"must lie on the device of q, {q.device}; layout.to(q.device) moves it", layout.device)
+    check_layout_place(layout, q)
     if causal and not layout.causal:
         raise bad_value("layout", "must be causal, or causal=False be passed", "a layout that lists keys after their query")
+
+
+def check_layout_place(layout: Layout, q: Tensor) -> None:
+    """Heads and device of an explicit layout."""
+    if q.shape[-2] % layout.heads:
+        raise bad_value("layout", f"must have a number of heads that divides the {q.shape[-2]} heads of q", layout.heads)
+    if layout.device != q.device:
+        raise bad_value("layout", f"must lie on the device of q, {q.device}; layout.to(q.device) moves it", layout.device)

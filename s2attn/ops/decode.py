@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from s2attn.core import BLOCKS, Unsupported, bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, default_block
-from s2attn.ops.checks import check_heads, check_scale, check_sinks, check_softcap
+from s2attn.layout import HeadRange, Layout, default_block
+from s2attn.ops.checks import check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
-from s2attn.ops.source import pattern_text
+from s2attn.ops.source import layout_text, pattern_text
 from s2attn.patterns import Pattern, Recipe
 
 
@@ -19,7 +19,7 @@ def decode(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | Layout,
     *,
     block_table: Tensor,
     seq_lens: Tensor,
@@ -44,7 +44,8 @@ def decode(
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)`` with ``cu_seqlens_q``; any strides.
         k_pages, v_pages: ``(num_pages, page_size, G, D)`` and ``(num_pages, page_size, G, Dv)``, any strides (pages that are stored heads
             first are passed as ``pages.transpose(1, 2)``); page_size is a multiple of 16. The dtype of q, or float8_e4m3fn.
-        pattern: which keys are seen.
+        pattern: which keys are seen: a `Pattern`; or a packed `Layout` of the same sequences, whose block divides page_size (``layer`` and
+            ``heads`` then do not apply).
         block_table: ``(B, max_pages)`` int32 or int64, the page of each ``page_size`` tokens of a sequence; or ``(B, G, max_pages)``, for
             each KV head its own. Entries that the pattern does not read may be anything: -1 marks an evicted page.
         seq_lens: ``(B,)`` int32 or int64, tokens of each sequence, the new ones included, whose keys and values are in their pages.
@@ -75,23 +76,40 @@ def decode(
     check_sinks(sinks, q)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
-    if not isinstance(pattern, Pattern):
-        raise bad_kind("pattern", f"must be a Pattern{'; take recipe.pattern(layer)' if isinstance(pattern, Recipe) else ''}", pattern)
-    check_heads(heads, q)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_pages, v_pages, sinks)):
         raise Unsupported("decode has no gradient", {"autograd": ["call it under torch.no_grad(), or train with s2attn.attention"]})
-    block = next(size for size in reversed(BLOCKS) if k_pages.shape[1] % size == 0 and size <= max(16, default_block(pattern)))
-    source = pattern_text(pattern, block, True, check_int("layer", layer, 0), heads)
+    source, index = _source(pattern, q, k_pages, layer, heads)
     flat, cu = q.unsqueeze(0), cu_seqlens_q
     if cu is None:
         flat, cu = q.reshape(1, -1, *q.shape[2:]), torch.arange(q.shape[0] + 1, device=seq_lens.device) * q.shape[1]
     scales = k_scale, v_scale
-    out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, block_table, seq_lens, cu, source, scale, softcap or 0.0, backend)
+    where = block_table, seq_lens, cu, index, source
+    out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, *where, scale, softcap or 0.0, backend)
     if cu_seqlens_q is None:
         out, lse = out.view(*q.shape[:-1], out.shape[-1]), lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     else:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
+
+
+def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, heads: HeadRange | None) -> tuple[str, list[Tensor]]:
+    """What the op is told of the pattern, checked: text, and the tensors of a layout."""
+    page_size = k_pages.shape[1]
+    if isinstance(pattern, Layout):
+        if layer or heads is not None:
+            raise bad_value("layer and heads", "must be left out when a Layout is given", (layer, heads))
+        if not pattern.packed or not pattern.causal:
+            raise bad_value("layout", "must be causal and of packed sequences, one for each line of block_table", pattern)
+        if page_size % pattern.block:
+            raise bad_value("layout", f"must have a block that divides page_size ({page_size})", pattern.block)
+        check_layout_place(pattern, q)
+        return layout_text(pattern), pattern.tensors()
+    if not isinstance(pattern, Pattern):
+        hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
+        raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)
+    check_heads(heads, q)
+    block = next(size for size in reversed(BLOCKS) if page_size % size == 0 and size <= max(16, default_block(pattern)))
+    return pattern_text(pattern, block, True, check_int("layer", layer, 0), heads), []
 
 
 def _check_tensors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: bool) -> None:

@@ -11,12 +11,13 @@ from s2attn.backends import Pages, Scoring, pick_paged
 from s2attn.backends.checks import exact_arithmetic, lse_dtype
 from s2attn.core import bad_value
 from s2attn.layout import Layout, read_cu_seqlens
-from s2attn.ops.source import CallSizes, layout_of
+from s2attn.ops.source import CallSizes, find_layout, layout_of
 
 _library = torch.library.Library("s2attn", "FRAGMENT")
 _library.define(
     "decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, "
-    "Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, str source, float scale, float softcap, str backend) -> (Tensor, Tensor)"
+    "Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor[] index, "
+    "str source, float scale, float softcap, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -30,6 +31,7 @@ def _decode(
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    index: list[Tensor],
     source: str,
     scale: float,
     softcap: float,
@@ -39,13 +41,17 @@ def _decode(
     pages = Pages(k_pages, v_pages, table, k_scale, v_scale)
     chosen = pick_paged(backend, q, pages)
     if not q.numel():
-        return _fake(q, k_pages, v_pages, sinks, k_scale, v_scale, block_table, seq_lens, cu_seqlens_q, source, scale, softcap, backend)
+        return _empty_results(q, v_pages)
     lengths = read_lengths(cu_seqlens_q, seq_lens, q.shape[1], table.shape[2] * pages.page_size)
-    layout = layout_of(source, CallSizes(q.shape[1], q.shape[2], lengths[1][-1], pages.kv_heads, q.device), lengths)
+    if index:
+        layout = find_layout(source, index, q, q)
+        _check_lengths(layout, cu_seqlens_q, seq_lens)
+    else:
+        layout = layout_of(source, CallSizes(q.shape[1], q.shape[2], lengths[1][-1], pages.kv_heads, q.device), lengths)
     check_listed(layout, pages)
     floor = None if sinks is None else sinks.detach().to(lse_dtype(q.dtype))
     if not layout.rows.entries:
-        out, lse = _fake(q, k_pages, v_pages, sinks, k_scale, v_scale, block_table, seq_lens, cu_seqlens_q, source, scale, softcap, backend)
+        out, lse = _empty_results(q, v_pages)
         return out.zero_(), lse.fill_(-torch.inf) if floor is None else lse.copy_(floor[:, None])
     with exact_arithmetic(q.device):
         out, lse = chosen.forward_paged(q, pages, layout, Scoring(scale, softcap or None, floor))
@@ -62,11 +68,16 @@ def _fake(
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    index: list[Tensor],
     source: str,
     scale: float,
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    return _empty_results(q, v_pages)
+
+
+def _empty_results(q: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v_pages.shape[-1]))
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype(q.dtype))
 
@@ -82,6 +93,16 @@ def read_lengths(cu_seqlens_q: Tensor, seq_lens: Tensor, total_q: int, room: int
         # A sequence without new queries reads nothing, so none of its keys need a place in the layout.
         cu_k.append(cu_k[-1] + (tokens if after > before else 0))
     return tuple(cu_q), tuple(cu_k)
+
+
+def _check_lengths(layout: Layout, cu_seqlens_q: Tensor, seq_lens: Tensor) -> None:
+    """A layout that was handed in is of the very sequences of the call."""
+    queries, keys = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist(), seq_lens.tolist()
+    for name, spans, expected in (("queries", layout.q_spans, queries), ("keys", layout.k_spans, keys)):
+        found = torch.zeros(max(len(expected), int(spans.seq.max()) + 1 if len(spans) else 0), dtype=torch.int64, device=layout.device)
+        found.index_add_(0, spans.seq.long(), spans.length.long())
+        if found.tolist() != expected:
+            raise bad_value("layout", f"must have sequences of {expected} {name}, by seq_lens and cu_seqlens_q or q", found.tolist())
 
 
 def check_listed(layout: Layout, pages: Pages) -> None:

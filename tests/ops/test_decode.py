@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2attn
-from s2attn import Dense, HeadRange, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, preset
+from s2attn import Dense, HeadRange, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, build_layout, preset
 from s2attn.backends.portable.run import Work
 from s2attn.ops.paged import decode_op
 from s2attn.ops.source import pattern_text
@@ -188,6 +188,29 @@ def test_strides_that_are_no_rows():
     torch.testing.assert_close(out, s2attn.attention(q, k, v, S2), atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_layout_takes_the_place_of_a_pattern(heads):
+    """A layout from anywhere, here of random blocks: with one list for all heads, one per KV head, or one per query head."""
+    lengths, group = [(3, 70), (1, 33), (20, 96)], (4, 2)
+    q, k, v = random_sequences(lengths, *group)
+    patterns_by_head = {h: Stride(2, offset=h % 2, block=16) | Window(5 + h) for h in range(heads)}
+    pattern = PerHead(patterns_by_head, heads="query") if heads == 4 else PerHead({h: patterns_by_head[h % heads] for h in range(2)})
+    cu_q, cu_k = (torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in zip(*lengths, strict=True))
+    layout = build_layout(pattern, *group, block=16, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    masks = masks_of(pattern, lengths, *group)
+    paged = scattered(masks, k, v, 32, per_head=True)
+    compare(*decode_packed(q, paged, layout), q, k, v, masks)
+    with pytest.raises(ValueError, match=r"layout must have sequences of \[70, 33, 95\] keys"):
+        decode_packed(q, Paged(paged.k_pages, paged.v_pages, paged.block_table, paged.seq_lens - torch.tensor([0, 0, 1])), layout)
+    with pytest.raises(ValueError, match="layer and heads must be left out when a Layout is given"):
+        decode_packed(q, paged, layout, layer=1)
+    wide = build_layout(pattern, *group, block=64, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    with pytest.raises(ValueError, match=r"layout must have a block that divides page_size \(32\); got 64"):
+        decode_packed(q, paged, wide)
+    with pytest.raises(ValueError, match="layout must be causal and of packed sequences"):
+        decode_packed(q, paged, build_layout(Dense(), 4, 2, 24, 200, block=16))
+
+
 def test_a_range_of_heads():
     pattern = PerHead({0: Dense(), 3: Sink(3) | Window(9)}, default=Window(40))
     heads = HeadRange(4, 8, num_heads=8, num_kv_heads=4)
@@ -226,7 +249,7 @@ def test_the_op_is_registered_as_torch_wants_it():
     c = good_call()
     text = pattern_text(S2, 16, True, 0, None)
     q, lengths, cu = c["q"].reshape(1, 2, 4, 16), c["seq_lens"], torch.tensor([0, 1, 2])
-    arguments = (q, c["k_pages"], c["v_pages"], None, None, None, c["block_table"], lengths, cu, text, 0.25, 0.0, "auto")
+    arguments = (q, c["k_pages"], c["v_pages"], None, None, None, c["block_table"], lengths, cu, [], text, 0.25, 0.0, "auto")
     torch.library.opcheck(decode_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -268,7 +291,7 @@ def test_compilers_take_it_as_one_operator():
         ({"v_pages": torch.randn(5, 32, 2, 16)}, "v_pages must have the shape of k_pages"),
         ({"k_pages": torch.randn(5, 24, 2, 16), "v_pages": torch.randn(5, 24, 2, 16)}, "k_pages must have a page_size that is a multiple"),
         ({"k_scale": torch.ones(2)}, "k_scale must be left out unless the pages are float8"),
-        ({"pattern": Recipe(S2)}, r"pattern must be a Pattern; take recipe.pattern\(layer\)"),
+        ({"pattern": Recipe(S2)}, r"pattern must be a Pattern or a Layout; take recipe.pattern\(layer\)"),
         ({"backend": "fast"}, "backend must be one of"),
         ({"scale": float("nan")}, "scale must be finite"),
         ({"sinks": torch.ones(3)}, "sinks must have shape"),
