@@ -50,28 +50,34 @@ __all__ = [
     "Report",
     "Sink",
     "SparseAttention",
+    "SparseCache",
     "Stride",
     "Unsupported",
     "Window",
     "XAttention",
     "attention",
     "build_layout",
+    "decode",
     "describe",
     "hyper_attention",
     "merge",
     "parse_pattern",
     "plot",
     "preset",
+    "store_kv",
     "warmup",
 ]
 
-# The lab and the selectors are loaded when they are first asked for: attention alone does not need them.
+# The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Report": "s2attn.lab.describe",
+    "SparseCache": "s2attn.cache.sparse",
     "XAttention": "s2attn.selectors",
+    "decode": "s2attn.ops.decode",
     "describe": "s2attn.lab.describe",
     "hyper_attention": "s2attn.selectors",
     "plot": "s2attn.lab.plot",
+    "store_kv": "s2attn.ops.store",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from s2attn.core import Unsupported
 from s2attn.layout import Layout
 
 
@@ -26,6 +27,32 @@ class Scoring:
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Keys and values that lie in pages of a cache, and where those of each sequence are.
+
+    Attributes:
+        k, v: ``(num_pages, page_size, G, D)`` and ``(num_pages, page_size, G, Dv)``, any strides; q's dtype or float8_e4m3fn.
+        table: ``(B, G, max_pages)`` integers, or ``(B, 1, max_pages)`` where all KV heads share it: the page of each ``page_size`` tokens.
+            Whatever a layout lists points to a page that is there; other numbers may be anything.
+        k_scale, v_scale: None, or ``(G,)`` float32, which the numbers in the pages of each KV head are multiplied by.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[2]
 
 
 class Backend(ABC):
@@ -60,3 +87,15 @@ class Backend(ABC):
     def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
         """Compile what such calls will run, ``backward`` too if so; q, k, v are on the meta device. Plain torch has nothing to compile."""
         return
+
+    def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
+        """Every reason why this backend cannot read keys and values from such pages; empty when it can."""
+        return ["it does not read keys from pages"]
+
+    def forward_paged(self, q: Tensor, pages: Pages, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` as of :meth:`forward`, with q ``(1, total, H, D)`` packed and keys read through a block table.
+
+        ``layout`` is packed, one sequence for each line of the table, and its block divides the page size: every block lies in one page.
+        Only pages with a listed block are read.
+        """
+        raise Unsupported(f"the {self.name} backend cannot decode", {self.name: self.paged_objections(q, pages)})

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from s2attn.backends.base import Pages
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,6 +27,17 @@ def plain_objections(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         why.append(f"q, k and v lie on several devices: {q.device}, {k.device}, {v.device}")
     if len({t.dtype for t in (q, k, v)}) > 1:
         why.append(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    return why
+
+
+def paged_objections(q: Tensor, pages: Pages) -> list[str]:
+    """The same for queries whose keys lie in pages; pages of float8_e4m3fn are converted where they are read."""
+    why = plain_objections(q, q, q)
+    for name, tensor in (("k_pages", pages.k), ("v_pages", pages.v)):
+        if tensor.dtype not in (q.dtype, torch.float8_e4m3fn):
+            why.append(f"{name} has dtype {tensor.dtype}, neither that of q, {q.dtype}, nor float8_e4m3fn")
+        if tensor.device != q.device:
+            why.append(f"{name} lies on {tensor.device}, q on {q.device}")
     return why
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend
+from s2attn.backends.base import Backend, Pages
 from s2attn.core import Unsupported, bad_kind, bad_value
 
 
@@ -73,19 +73,25 @@ def pick(name: str, q: Tensor, k: Tensor, v: Tensor) -> Backend:
         ValueError: no backend has that name; the message lists those that exist.
         Unsupported: the named backend, or with ``"auto"`` every backend, objects; all reasons of all backends are given.
     """
-    if name != "auto":
-        chosen = get_backend(name)
-        if not chosen.objections(q, k, v):
-            return chosen
-        raise Unsupported(f"attention cannot run with backend={name!r}", _reasons(q, k, v))
-    for other in _LOADERS:
-        if not _load(other).objections(q, k, v):
-            return _load(other)
-    raise Unsupported("no backend can run attention on these tensors", _reasons(q, k, v))
+    return _pick(name, "attention", lambda backend: backend.objections(q, k, v))
 
 
-def _reasons(q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[str]]:
-    return {name: _load(name).objections(q, k, v) or ["could serve this call, but was not asked for"] for name in _LOADERS}
+def pick_paged(name: str, q: Tensor, pages: Pages) -> Backend:
+    """The same choice for queries whose keys lie in pages."""
+    return _pick(name, "decode", lambda backend: backend.paged_objections(q, pages))
+
+
+def _pick(name: str, what: str, objections: Callable[[Backend], list[str]]) -> Backend:
+    chosen = None if name == "auto" else get_backend(name)
+    for backend in _every_backend() if chosen is None else [chosen]:
+        if not objections(backend):
+            return backend
+    title = f"no backend can run {what} on these tensors" if chosen is None else f"{what} cannot run with backend={name!r}"
+    raise Unsupported(title, {b.name: objections(b) or ["could serve this call, but was not asked for"] for b in _every_backend()})
+
+
+def _every_backend() -> Iterator[Backend]:
+    return (_load(name) for name in _LOADERS)
 
 
 def _choices() -> str:

@@ -18,6 +18,7 @@ from s2attn.lab.data import Corpus, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
 from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.paged import PagedCache
 from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
 from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
 
@@ -25,6 +26,8 @@ Record = dict[str, Any]
 FEWEST_STEPS, MOST_STEPS = 30, 400
 LOGIT_TOLERANCE = 1e-4
 """Logits with and without a cache may differ by rounding only: so much of the largest logit, in float32."""
+PREFILL_CHUNK = 128
+"""Bytes of the prompt that the cache is given at a time: what only they read is given back before the next ones come."""
 
 MODEL = ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
 DENSE, SPARSE = Recipe(Dense()), Recipe(Local(2) | Stride(4), dense_layers=[0])
@@ -239,16 +242,20 @@ def checkpoint(run: Run, corpus: Corpus, folder: Path) -> tuple[LanguageModel, R
 
 
 def write_continuation(model: LanguageModel, corpus: Corpus, settings: DemoSettings, show: Show) -> Record:
-    """Continue a piece of validation text with a cache, and check the logits against those without one."""
+    """Continue a piece of validation text with a cache that evicts, and check the logits against those without one."""
     text = bytes(corpus.validation[: 64 * settings.prompt_bytes].tolist())
     prompt = choose_prompt(text, settings.prompt_bytes)
     show.begin(settings.new_bytes, "bytes")
-    made = generate(model, prompt, settings.new_bytes, temperature=0.7, seed=settings.seed, on_byte=show.advance)
+    cache = PagedCache(model.config, len(prompt) + settings.new_bytes, chunk=PREFILL_CHUNK)
+    sampling: Record = {"temperature": 0.7, "seed": settings.seed, "chunk": PREFILL_CHUNK}
+    made = generate(model, prompt, settings.new_bytes, cache=cache, on_byte=show.advance, **sampling)
     show.end()
     error = cache_error(model, made)
     if not error <= LOGIT_TOLERANCE:
         raise ArithmeticError(f"logits with a cache differ from those without by {error:.1e} of the largest, above {LOGIT_TOLERANCE:.0e}")
     show.note(f"logits with the cache equal those without it: largest difference {error:.0e} of the largest logit")
+    most, dense = cache.most_bytes, cache.sparse.bytes_dense
+    show.note(f"the cache never held more than {most / 1e3:.0f} kB; a dense one ends with {dense / 1e3:.0f} kB")
     return {
         "prompt_end": prompt[-160:].decode("utf-8", errors="replace"),
         "prompt_bytes": len(prompt),
@@ -258,6 +265,8 @@ def write_continuation(model: LanguageModel, corpus: Corpus, settings: DemoSetti
         "decode_seconds": made.decode_seconds,
         "cache_error": error,
         "cache_tolerance": LOGIT_TOLERANCE,
+        "cache_most_bytes": most,
+        "cache_dense_bytes": dense,
     }
 
 

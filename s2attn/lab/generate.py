@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s2attn.core import bad_value, check_int
-from s2attn.lab.model import Cache, LanguageModel
+from s2attn.lab.model import Cache, KeyValueCache, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Continuation:
 
 
 @torch.no_grad()
-def prefill(model: LanguageModel, tokens: Tensor, cache: Cache, *, chunk: int = 512) -> Tensor:
+def prefill(model: LanguageModel, tokens: Tensor, cache: KeyValueCache, *, chunk: int = 512) -> Tensor:
     """Feed ``tokens`` ``(B, T)`` to the cache in chunks and return all logits ``(B, T, vocabulary)``."""
     check_int("chunk", chunk, 1)
     return torch.cat([model(piece, cache) for piece in tokens.split(chunk, dim=1)], dim=1)
@@ -51,6 +51,7 @@ def generate(
     top_k: int = 40,
     seed: int = 0,
     chunk: int = 512,
+    cache: KeyValueCache | None = None,
     on_byte: Callable[[], None] = lambda: None,
 ) -> Continuation:
     """Continue ``prompt`` by ``count`` bytes, drawn from the ``top_k`` likeliest ones, with a cache.
@@ -58,6 +59,8 @@ def generate(
     Args:
         temperature: divides the logits; 0 always takes the likeliest byte.
         seed: equal seeds write equal texts.
+        chunk: bytes of the prompt that are fed at a time.
+        cache: where keys and values are kept, a `Cache` of the needed length by default. The prompt follows what it holds already.
         on_byte: called after each byte, for a progress bar.
     """
     if not prompt:
@@ -68,7 +71,7 @@ def generate(
     check_int("top_k", top_k, 1)
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    cache = Cache(model.config, len(prompt) + count)
+    cache = Cache(model.config, len(prompt) + count) if cache is None else cache
     began = time.perf_counter()
     last = prefill(model, torch.tensor([list(prompt)]), cache, chunk=chunk)[0, -1]
     middle = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,22 @@ class ModelConfig:
         return cls(**fields, recipe=recipe)
 
 
+class KeyValueCache(Protocol):
+    """What a model asks of a cache.
+
+    Attributes:
+        length: tokens that all layers have been given.
+        recent: ``(B, look_back)`` int64, the last tokens.
+    """
+
+    length: int
+    recent: Tensor
+
+    def attend(self, attention: SparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the keys and values of new tokens, and let their queries attend to all of their layer."""
+        ...
+
+
 class Cache:
     """Keys and values of all layers for the tokens seen so far, in one buffer of ``capacity`` tokens per layer."""
 
@@ -72,6 +89,10 @@ class Cache:
     @property
     def capacity(self) -> int:
         return self.buffer.shape[3]
+
+    def attend(self, attention: SparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the keys and values of new tokens, and let their queries attend to all of their layer."""
+        return attention(q, *self.append(attention.layer, k, v))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values behind the ``length`` known ones and return all of them."""
@@ -88,20 +109,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.project_in = nn.Linear(config.width, query + 2 * key, bias=False)
         self.project_out = nn.Linear(query, config.width, bias=False)
         self.attend = SparseAttention(config.recipe.pattern(layer), config.heads, config.kv_heads, layer=layer)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         config = self.config
         qkv = self.project_in(x).unflatten(-1, (config.heads + 2 * config.kv_heads, config.head_dim))
         q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return self.project_out(self.attend(q, k, v).flatten(2))
+        out = self.attend(q, k, v) if cache is None else cache.attend(self.attend, q, k, v)
+        return self.project_out(out.flatten(2))
 
 
 class Block(nn.Module):
@@ -115,14 +135,14 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         x = x + self.attention(self.norm_attention(x), rotation, cache)
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class LanguageModel(nn.Module):
-    """Bytes to logits; with a `Cache` it continues where the cache ends (prefill, chunked prefill and decode are one call).
+    """Bytes to logits; with a cache it continues where the cache ends (prefill, chunked prefill and decode are one call).
 
     Two models with the same seed and shape start with the same weights, whatever their recipes.
     """
@@ -149,7 +169,7 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``, which follow the tokens that the cache knows."""
         start = cache.length if cache is not None else 0
         rotation = rotations(start, tokens.shape[1], self.config.head_dim, self.config.rope_base)
@@ -160,7 +180,7 @@ class LanguageModel(nn.Module):
             cache.length += tokens.shape[1]
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def embed(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+    def embed(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
         """The embeddings of each byte and of the ``look_back`` bytes before it, added; zero bytes stand before the first."""
         back = self.config.look_back
         before = cache.recent if cache is not None else tokens.new_zeros(len(tokens), back)

@@ -7,6 +7,7 @@ from s2attn.layout.count import dense_pairs
 from s2attn.layout.flex import from_block_mask, to_block_mask
 from s2attn.layout.index import BlockIndex, Spans, spans_of
 from s2attn.layout.layout import Layout
+from s2attn.layout.readers import last_readers
 
 __all__ = [
     "BlockIndex",
@@ -20,6 +21,7 @@ __all__ = [
     "from_block_table",
     "from_blocks",
     "from_dense",
+    "last_readers",
     "layout_heads",
     "read_cu_seqlens",
     "spans_of",

@@ -62,7 +62,7 @@ def default_block(pattern: Pattern) -> int:
 
 
 @dataclass(frozen=True)
-class _Lists:
+class Lists:
     """The lists of one head of one sequence, still as progressions."""
 
     runs: Runs  # of every row, the full blocks first, then the partial ones
@@ -80,7 +80,8 @@ class _Lists:
         np.cumsum(steps, out=out)
 
 
-def _lists_of(pattern: Pattern, view: View, q_length: Array, tiles: TileTable) -> _Lists:
+def lists_of(pattern: Pattern, view: View, q_length: Array, tiles: TileTable) -> Lists:
+    """The lists of a pattern of one head for the rows of ``view``, of ``q_length`` queries each."""
     cells: Cells = view.cells_of(pattern)
     if view.shape.causal:
         cells = cut_future(cells, view)
@@ -93,7 +94,7 @@ def _lists_of(pattern: Pattern, view: View, q_length: Array, tiles: TileTable) -
     full |= _points(row, col, number == tiles.FULL)
     kept = _points(row, col, number >= 0)
     full_count, partial_count = full.counts(view.rows), kept.counts(view.rows)
-    return _Lists(_full_first(full, kept, view.rows), full_count + partial_count, full_count, number[number >= 0].astype(np.int32))
+    return Lists(_full_first(full, kept, view.rows), full_count + partial_count, full_count, number[number >= 0].astype(np.int32))
 
 
 def _points(row: Array, col: Array, keep: Array) -> Runs:
@@ -114,7 +115,7 @@ def _full_first(full: Runs, partial: Runs, rows: int) -> Runs:
     return Runs(*parts)
 
 
-def _index_of(heads: list[list[_Lists]], first_block: list[int], which: list[int]) -> BlockIndex:
+def _index_of(heads: list[list[Lists]], first_block: list[int], which: list[int]) -> BlockIndex:
     """Write the lists of every head over all sequences; ``which[h]`` says whose lists layout head h uses: equal heads share storage."""
     count = np.stack([np.concatenate([part.count for part in head]) for head in heads])
     full = np.stack([np.concatenate([part.full for part in head]) for head in heads])
@@ -226,7 +227,7 @@ def _build(resolved: Sequence[Pattern], lengths_q: list[int], lengths_k: list[in
     q_spans, k_spans = spans_of(lengths_q, block, offsets), spans_of(lengths_k, block)
     unique = list(dict.fromkeys(resolved))
     tiles, made = TileTable(block), {}
-    heads: list[list[_Lists]] = [[] for _ in unique]
+    heads: list[list[Lists]] = [[] for _ in unique]
     first_block = [0]
     for length_q, length_k in zip(lengths_q, lengths_k, strict=True):
         if (length_q, length_k) not in made:
@@ -240,9 +241,9 @@ def _build(resolved: Sequence[Pattern], lengths_q: list[int], lengths_k: list[in
     return layout
 
 
-def _sequence(patterns: list[Pattern], length_q: int, length_k: int, block: int, causal: bool, tiles: TileTable) -> list[_Lists]:
+def _sequence(patterns: list[Pattern], length_q: int, length_k: int, block: int, causal: bool, tiles: TileTable) -> list[Lists]:
     """The lists of every distinct head of one sequence."""
     q_lo = np.arange(-(-length_q // block), dtype=np.int64) * block + length_k - length_q
     q_length = np.minimum(block, length_k - q_lo)
     view = View(q_lo, q_lo + q_length - 1, block, Shape(length_k, causal))
-    return [_lists_of(pattern, view, q_length, tiles) for pattern in patterns]
+    return [lists_of(pattern, view, q_length, tiles) for pattern in patterns]

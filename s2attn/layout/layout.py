@@ -70,7 +70,7 @@ class Layout:
     def device(self) -> torch.device:
         return self.tiles.device
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes held by rows and mask tiles (columns are made on first use)."""
         return self.rows.nbytes + self.tiles.numel() * self.tiles.element_size()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import check_cu_seqlens, check_layout, check_scale, check_sinks, check_softcap, check_tensors
+from s2attn.ops.checks import check_cu_seqlens, check_heads, check_layout, check_scale, check_sinks, check_softcap, check_tensors
 from s2attn.ops.register import attention_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
@@ -114,11 +114,7 @@ def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, h
         raise bad_kind("pattern", f"must be a Pattern, a Layout or a selector{hint}", pattern)
     if block is not None:
         check_block("block", block)
-    if heads is not None:
-        if not isinstance(heads, HeadRange):
-            raise bad_kind("heads", "must be a HeadRange", heads)
-        if heads.end - heads.start != q.shape[-2]:
-            raise bad_value("heads", f"must name as many heads as q has ({q.shape[-2]})", f"({heads.start}, {heads.end})")
+    check_heads(heads, q)
     return pattern_text(pattern, block, bool(causal), check_int("layer", layer, 0), heads)
 
 

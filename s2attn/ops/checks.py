@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value
-from s2attn.layout import Layout
+from s2attn.layout import HeadRange, Layout
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -76,6 +76,16 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         raise bad_value("sinks", f"must lie on the device of q, {q.device}", sinks.device)
 
 
+def check_heads(heads: HeadRange | None, q: Tensor) -> None:
+    """The global heads that q's heads are."""
+    if heads is None:
+        return
+    if not isinstance(heads, HeadRange):
+        raise bad_kind("heads", "must be a HeadRange", heads)
+    if heads.end - heads.start != q.shape[-2]:
+        raise bad_value("heads", f"must name as many heads as q has ({q.shape[-2]})", f"({heads.start}, {heads.end})")
+
+
 def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[Tensor]:
     """Kinds and shapes of the cumulative lengths; their numbers are checked where they are read, before any kernel runs."""
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -97,7 +107,7 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -
 
 def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: bool) -> None:
     """An explicit layout against the call: lengths, heads, device, causality, packing."""
-    seq, heads = (0, 1) if packed else (1, 2)
+    seq = 0 if packed else 1
     if layout.packed != packed:
         kind = (
             "packed sequences, so q must be (total, heads, head_dim) with cu_seqlens" if layout.packed else "one sequence, not packed ones"
@@ -106,9 +116,14 @@ def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: boo
     if (layout.seqlen_q, layout.seqlen_k) != (q.shape[seq], k.shape[seq]):
         came = f"({layout.seqlen_q}, {layout.seqlen_k})"
         raise bad_value("layout", f"must have the lengths of q and k, ({q.shape[seq]}, {k.shape[seq]})", came)
-    if q.shape[heads] % layout.heads:
-        raise bad_value("layout", f"must have a number of heads that divides the {q.shape[heads]} heads of q", layout.heads)
-    if layout.device != q.device:
-        raise bad_value("layout", f"must lie on the device of q, {q.device}; layout.to(q.device) moves it", layout.device)
+    check_layout_place(layout, q)
     if causal and not layout.causal:
         raise bad_value("layout", "must be causal, or causal=False be passed", "a layout that lists keys after their query")
+
+
+def check_layout_place(layout: Layout, q: Tensor) -> None:
+    """Heads and device of an explicit layout."""
+    if q.shape[-2] % layout.heads:
+        raise bad_value("layout", f"must have a number of heads that divides the {q.shape[-2]} heads of q", layout.heads)
+    if layout.device != q.device:
+        raise bad_value("layout", f"must lie on the device of q, {q.device}; layout.to(q.device) moves it", layout.device)

@@ -7,24 +7,39 @@ but that text and works for every length; an explicit layout travels as its tens
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from s2attn.layout import HeadRange, Layout, build_layout, read_cu_seqlens
+from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.patterns import Pattern
 
 LAYOUT_TEXT = "layout"
 
 _lock = Lock()
 _layouts: OrderedDict[tuple, Layout] = OrderedDict()
+_shared: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
+"""The same layouts by what they were made of: layers whose heads have equal patterns use one."""
 _lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _KEEP_LAYOUTS = 256
 _KEEP_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """What a layout depends on besides the pattern and the lengths of packed sequences: tokens, heads, and the device."""
+
+    seqlen_q: int
+    num_heads: int
+    seqlen_k: int
+    num_kv_heads: int
+    device: torch.device
 
 
 def pattern_text(pattern: Pattern, block: int | None, causal: bool, layer: int, heads: HeadRange | None) -> str:
@@ -47,18 +62,27 @@ def find_layout(text: str, index: list[Tensor], q: Tensor, k: Tensor) -> Layout:
         _read_once(name, cu, total)
         for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_k"), index, (q.shape[1], k.shape[1]), strict=False)
     )
-    key = (text, q.shape[1], q.shape[2], k.shape[1], k.shape[2], q.device, lengths)
+    return layout_of(text, CallSizes(q.shape[1], q.shape[2], k.shape[1], k.shape[2], q.device), lengths)
+
+
+def layout_of(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...] = ()) -> Layout:
+    """The layout of a pattern's text; ``lengths`` are the cumulative lengths of queries and keys, empty where nothing is packed."""
+    key = (text, sizes, lengths)
     with _lock:
         found = _layouts.get(key)
         if found is not None:
             _layouts.move_to_end(key)
             return found
-    made = _build(text, lengths, q, k)
+    made = _build(text, sizes, lengths)
     with _lock:
         _layouts[key] = made
-        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or sum(layout.nbytes for layout in _layouts.values()) > _KEEP_BYTES):
+        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or _kept_bytes() > _KEEP_BYTES):
             _layouts.popitem(last=False)
     return made
+
+
+def _kept_bytes() -> int:
+    return sum({id(layout): layout.nbytes for layout in _layouts.values()}.values())
 
 
 def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
@@ -73,23 +97,34 @@ def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
     return known[1]
 
 
-def _build(text: str, lengths: tuple[tuple[int, ...], ...], q: Tensor, k: Tensor) -> Layout:
+def _build(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...]) -> Layout:
     block, causal, layer, where, spec = text.split(";", 4)
     heads = HeadRange(*(int(number) for number in where.split(","))) if where else None
-    sizes: dict[str, Any]
+    tokens: dict[str, Any]
     if lengths:
         cu_q, cu_k = (torch.tensor(numbers) for numbers in lengths)
-        sizes = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+        tokens = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     else:
-        sizes = {"seqlen_q": q.shape[1], "seqlen_k": k.shape[1]}
+        tokens = {"seqlen_q": sizes.seqlen_q, "seqlen_k": sizes.seqlen_k}
     settings: dict[str, Any] = {
         "block": int(block) or None,
         "causal": causal == "1",
         "layer": int(layer),
         "heads": heads,
-        "device": q.device,
+        "device": sizes.device,
     }
-    return build_layout(_read_pattern(spec), q.shape[2], k.shape[2], **sizes, **settings)
+    pattern = _read_pattern(spec)
+    everyone = heads or HeadRange(0, sizes.num_heads, sizes.num_heads, sizes.num_kv_heads)
+    resolved = layout_heads(pattern, everyone, sizes.num_kv_heads, int(layer))
+    key = (resolved, int(block) or default_block(pattern), causal, sizes, lengths)
+    with _lock:
+        found = _shared.get(key)
+    if found is not None:
+        return found
+    made = build_layout(pattern, sizes.num_heads, sizes.num_kv_heads, **tokens, **settings)
+    with _lock:
+        _shared[key] = made
+    return made
 
 
 @lru_cache(maxsize=256)

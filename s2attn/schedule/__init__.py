@@ -2,5 +2,16 @@
 
 from s2attn.schedule.limits import piece_limits
 from s2attn.schedule.pieces import Schedule, plan_by_length, plan_by_range
+from s2attn.schedule.stream_k import StreamK, list_pieces, most_pieces, stream_k, stream_k_programs
 
-__all__ = ["Schedule", "piece_limits", "plan_by_length", "plan_by_range"]
+__all__ = [
+    "Schedule",
+    "StreamK",
+    "list_pieces",
+    "most_pieces",
+    "piece_limits",
+    "plan_by_length",
+    "plan_by_range",
+    "stream_k",
+    "stream_k_programs",
+]

@@ -171,6 +171,7 @@ def test_the_quick_demo_goes_all_the_way(tmp_path: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["quick"] and results["settings"]["seed"] == 1
     assert results["checkpoint"]["equal_logits"] and results["generation"]["cache_error"] <= results["generation"]["cache_tolerance"]
+    assert 0 < results["generation"]["cache_most_bytes"] < results["generation"]["cache_dense_bytes"]
     assert [run["name"] for run in results["runs"]] == ["dense", "s2"]
     assert {row["seqlen"] for row in results["attention"]["rows"]} == {256, 512}
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

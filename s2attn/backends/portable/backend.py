@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Scoring
-from s2attn.backends.checks import exact_arithmetic, plain_objections
+from s2attn.backends.base import Backend, Pages, Scoring
+from s2attn.backends.checks import exact_arithmetic, paged_objections, plain_objections
+from s2attn.backends.portable.cache import cached_plan
+from s2attn.backends.portable.paged import PagedKeys
 from s2attn.backends.portable.run import Work, run_backward, run_forward
 from s2attn.backends.portable.tile import Tile
 from s2attn.layout import Layout
@@ -40,3 +42,12 @@ class Portable(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with exact_arithmetic(q.device):
             return run_backward(self._work(q, k, v, layout, scoring), dout, dlse, out, lse)
+
+    def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
+        return paged_objections(q, pages)
+
+    def forward_paged(self, q: Tensor, pages: Pages, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        plan = cached_plan(layout, 1, q.shape[2], pages.kv_heads)
+        paged = PagedKeys(pages, layout.k_spans, layout.block)
+        with exact_arithmetic(q.device):
+            return run_forward(Work(q, pages.k, pages.v, plan, scoring, self._tile, paged))

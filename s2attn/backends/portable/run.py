@@ -13,6 +13,7 @@ from torch import Tensor
 from s2attn.backends.base import Scoring
 from s2attn.backends.checks import lse_dtype
 from s2attn.backends.portable.cache import cached_plan
+from s2attn.backends.portable.paged import PagedKeys
 from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
 from s2attn.backends.portable.rows import Rows, add_blocks, keep_freed_memory
 from s2attn.backends.portable.tile import Keys, Tile, choose_tile
@@ -27,7 +28,10 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One problem: tensors, plan, scoring, and how to compute a stack (None: the quickest way)."""
+    """One problem: tensors, plan, scoring, and how to compute a stack (None: the quickest way).
+
+    With ``paged``, k and v are the pages of a cache, and only it knows where a key lies in them.
+    """
 
     q: Tensor
     k: Tensor
@@ -35,6 +39,7 @@ class Work:
     plan: Plan
     scoring: Scoring
     tile: Tile | None
+    paged: PagedKeys | None = None
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, tile: Tile | None) -> Work:
@@ -44,6 +49,13 @@ class Work:
     def dtype(self) -> torch.dtype:
         """What is computed in."""
         return lse_dtype(self.q.dtype)
+
+    def contiguous(self) -> Work:
+        """The same problem with keys and values that lie one after another."""
+        if self.paged is None:
+            return self
+        k, v, plan = self.paged.copied(self.plan, self.dtype)
+        return replace(self, k=k, v=v, plan=plan, paged=None)
 
     def tile_for(self, run: Run) -> Tile:
         return self.tile or choose_tile(self.q.device, run.rows)
@@ -115,7 +127,8 @@ class Walker:
         self.q = _table(work.q)
         listed, keys = len(work.plan.entry_block) * work.plan.block, work.k.shape[:3].numel()
         # A key that is gathered several times is converted once, before.
-        self.k, self.v = (Rows.of(x.to(work.dtype) if listed > keys else x) for x in (work.k, work.v))
+        if work.paged is None:
+            self.k, self.v = (Rows.of(x.to(work.dtype) if listed > keys else x) for x in (work.k, work.v))
         self.inside = torch.arange(work.plan.block, device=work.q.device)
         self.table: tuple[Run, Tensor] | None = None
 
@@ -128,6 +141,8 @@ class Walker:
         """Gathered keys and values ``(entries, block, width)``."""
         plan, kv_heads = self.work.plan, self.work.k.shape[2]
         block, lane = plan.entry_block[chunk.entries], plan.entry_lane[chunk.entries]
+        if self.work.paged is not None:
+            return self.work.paged.gather(block, lane, self.work.dtype)
         token = plan.key_start[block][:, None] + self.inside
         if plan.short_keys:  # what lies beyond a short block is masked, so that any key will do
             token = torch.minimum(token, plan.key_last[block][:, None])
@@ -178,6 +193,7 @@ def run_forward(work: Work) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of the whole problem."""
     out, lse = _forward(work)
     if not bool(out.sum().isfinite()):
+        work = work.contiguous()
         broken = _broken(work)
         if bool(broken.any()):
             seen = _sees(work, broken)

@@ -90,7 +90,7 @@ def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int,
     gathered = block < 64  # a token number per lane needs registers too
     if op == "dkv":
         if wide > 64:
-            return Tiles(64, 16 if capped or (large and gathered) else 32, 8, 2 if large else 3)
+            return Tiles(64, 16 if capped or (large and block != 64) else 32, 8, 2 if large else 3)
         if large:
             return Tiles(64, 32, 8, 2) if gathered else Tiles(64, 64, 8, 3)
         return Tiles(32, 32 if gathered else 64, 4, 2)

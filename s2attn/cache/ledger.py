@@ -1,0 +1,200 @@
+"""`Ledger`: which page belongs to whom. Numbers only, so that everything about it can be counted without a single key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from s2attn.core import bad_value, check_int
+from s2attn.patterns.runs import Array
+
+GONE = -1
+
+
+class CacheFull(RuntimeError):
+    """There are not enough free pages for new tokens. Nothing was changed: free a sequence or trim, and append the same tokens again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Where new tokens of one sequence go.
+
+    Attributes:
+        slots: ``(tokens, kv_heads)`` int64, ``page * page_size + place``; -1 for a token that no query will ever read.
+        copies: ``(n, 2)`` pages to copy, from and to, before anything is written.
+    """
+
+    slots: Array
+    copies: Array
+
+
+@dataclass(eq=False)
+class _Sequence:
+    table: Array  # (layers, kv_heads, pages so far) int32, GONE where there is none
+    lengths: Array  # (layers,) int64
+
+
+class Ledger:
+    """Pages of many sequences, given out per (layer, KV head) and taken back when the pattern allows it.
+
+    Args:
+        needs: ``(layers, kv_heads, pages)`` position of the last query that reads each page of a sequence, -1 for none.
+        page_size: tokens per page.
+        num_pages: pages in the pool, shared by all layers and heads.
+        max_tokens: the longest sequence, for which ``needs`` holds.
+
+    Invariants:
+        P1  a page is free, or as many tables hold it as its count of references says, each once
+        P2  a table holds a page wherever it has tokens that a query at its length or later reads
+        P3  tokens are only written to pages of one owner
+    """
+
+    def __init__(self, needs: Array, *, page_size: int, num_pages: int, max_tokens: int) -> None:
+        self.needs, self.page_size, self.num_pages, self.max_tokens = needs, page_size, num_pages, max_tokens
+        self.references = np.zeros(num_pages, dtype=np.int32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._sequences: dict[int, _Sequence] = {}
+        self._next = 0
+
+    @property
+    def used_pages(self) -> int:
+        return self.num_pages - len(self._free)
+
+    @property
+    def sequences(self) -> list[int]:
+        return list(self._sequences)
+
+    def open(self) -> int:
+        """A new empty sequence; its number."""
+        layers, kv_heads, _ = self.needs.shape
+        return self._enter(_Sequence(np.full((layers, kv_heads, 0), GONE, dtype=np.int32), np.zeros(layers, dtype=np.int64)))
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that begins with all tokens of another one; both share its pages until one of them writes to the last."""
+        mine = self._get(sequence)
+        if (mine.lengths != mine.lengths[0]).any():
+            raise bad_value("sequence", "must have the same length in all layers to be forked", mine.lengths.tolist())
+        self.references[mine.table[mine.table != GONE]] += 1
+        return self._enter(_Sequence(mine.table.copy(), mine.lengths.copy()))
+
+    def close(self, sequence: int) -> None:
+        """Give back all pages of a sequence and forget it."""
+        self._release(self._get(sequence).table)
+        del self._sequences[sequence]
+
+    def length(self, sequence: int, layer: int = 0) -> int:
+        """Tokens so far."""
+        return int(self._get(sequence).lengths[self._layer(layer)])
+
+    def trim(self, sequence: int, layer: int | None = None) -> None:
+        """Give back the pages that no query at the sequence's length or later reads."""
+        mine = self._get(sequence)
+        for one in range(len(mine.lengths)) if layer is None else [self._layer(layer)]:
+            table = mine.table[one]
+            dead = (table != GONE) & (self.needs[one, :, : table.shape[1]] < mine.lengths[one])
+            self._release(table[dead])
+            table[dead] = GONE
+
+    def reserve(self, layer: int, tokens: Sequence[tuple[int, int]]) -> list[Room]:
+        """Room for so many new tokens of each (sequence, tokens), for all of them or, with `CacheFull`, for none."""
+        layer = self._layer(layer)
+        if len({sequence for sequence, _ in tokens}) < len(tokens):
+            raise bad_value("sequences", "must not repeat", [sequence for sequence, _ in tokens])
+        for sequence, count in tokens:
+            end = self.length(sequence, layer) + count
+            if end > self.max_tokens:
+                raise bad_value("tokens", f"must not make sequence {sequence} longer than max_tokens ({self.max_tokens})", end)
+        for sequence, _ in tokens:
+            self.trim(sequence, layer)
+        needed = self._needed(layer, tokens)
+        if needed > len(self._free):
+            raise CacheFull(f"the cache is full: {needed} new pages are needed, {len(self._free)} of {self.num_pages} are free")
+        return [self._extend(self._sequences[sequence], layer, count) for sequence, count in tokens]
+
+    def retract(self, layer: int, lengths: Sequence[tuple[int, int]]) -> None:
+        """Undo what was reserved since each (sequence, length) had that length, if nothing was trimmed in between."""
+        for sequence, length in lengths:
+            mine = self._sequences[sequence]
+            later = mine.table[layer, :, -(-length // self.page_size) :]
+            self._release(later)
+            later[:] = GONE
+            mine.lengths[layer] = length
+
+    def table(self, sequence: int, layer: int) -> Array:
+        """Pages ``(kv_heads, pages)`` of one layer, -1 where there is none."""
+        return self._get(sequence).table[self._layer(layer)]
+
+    def _needed(self, layer: int, tokens: Sequence[tuple[int, int]]) -> int:
+        fresh, shared = 0, []
+        for sequence, count in tokens:
+            mine = self._sequences[sequence]
+            new, written = self._new_pages(mine, layer, count), self._written(mine, layer, count)
+            fresh += int(new.sum())
+            shared.append(written[self.references[written] > 1])
+        page, writers = np.unique(np.concatenate(shared), return_counts=True) if shared else (np.zeros(0, int), np.zeros(0, int))
+        return fresh + int(np.minimum(writers, self.references[page] - 1).sum())  # the last owner of a shared page keeps it
+
+    def _new_pages(self, mine: _Sequence, layer: int, count: int) -> Array:
+        """Which pages ``(kv_heads, new)`` after the ones that have begun will be read by a query at the sequence's length or later."""
+        begin = int(mine.lengths[layer])
+        first, end = -(-begin // self.page_size), -(-(begin + count) // self.page_size)
+        return self.needs[layer, :, first:end] >= begin
+
+    def _written(self, mine: _Sequence, layer: int, count: int) -> Array:
+        """Pages that have begun and get more tokens."""
+        begin = int(mine.lengths[layer])
+        if not count or begin % self.page_size == 0:
+            return np.zeros(0, dtype=np.int32)
+        pages = mine.table[layer, :, begin // self.page_size]
+        return pages[pages != GONE]
+
+    def _extend(self, mine: _Sequence, layer: int, count: int) -> Room:
+        begin = int(mine.lengths[layer])
+        first, end = -(-begin // self.page_size), -(-(begin + count) // self.page_size)
+        if end > mine.table.shape[2]:
+            wider = min(max(end, 2 * mine.table.shape[2]), self.needs.shape[2])
+            mine.table = np.pad(mine.table, ((0, 0), (0, 0), (0, wider - mine.table.shape[2])), constant_values=GONE)
+        table = mine.table[layer]
+        written = self._written(mine, layer, count)
+        old = written[self.references[written] > 1]
+        copies = np.stack([old, self._take(len(old))], axis=1)
+        if len(old):
+            self.references[old] -= 1
+            last = table[:, begin // self.page_size]
+            last[np.isin(last, old)] = copies[:, 1]  # in the order of the heads, as _written gave them
+        new = self._new_pages(mine, layer, count)
+        table[:, first:end][new] = self._take(int(new.sum()))
+        mine.lengths[layer] = begin + count
+        token = np.arange(begin, begin + count)
+        page = table[:, token // self.page_size].astype(np.int64).T
+        slots = page * self.page_size + (token % self.page_size)[:, None]
+        return Room(np.where(page == GONE, GONE, slots), copies)
+
+    def _take(self, count: int) -> Array:
+        at = len(self._free) - count
+        pages = np.array(self._free[at:][::-1], dtype=np.int32)
+        del self._free[at:]
+        self.references[pages] = 1
+        return pages
+
+    def _release(self, pages: Array) -> None:
+        pages = pages[pages != GONE]
+        self.references[pages] -= 1
+        self._free.extend(pages[self.references[pages] == 0].tolist())
+
+    def _enter(self, sequence: _Sequence) -> int:
+        number, self._next = self._next, self._next + 1
+        self._sequences[number] = sequence
+        return number
+
+    def _get(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
+            raise bad_value("sequence", "must be one that is open in this cache", sequence)
+        return self._sequences[sequence]
+
+    def _layer(self, layer: int) -> int:
+        if check_int("layer", layer, 0) >= len(self.needs):
+            raise bad_value("layer", f"must be below num_layers ({len(self.needs)})", layer)
+        return layer

@@ -1,0 +1,247 @@
+"""`SparseCache`: keys and values in pages per (layer, KV head), each given back when no later query of its head reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2attn.backends.checks import FLOATS
+from s2attn.cache.ledger import GONE, Ledger, Room
+from s2attn.cache.needs import page_needs, pattern_of
+from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.layout import HeadRange, build_layout, read_cu_seqlens
+from s2attn.ops.decode import decode
+from s2attn.ops.store import store_kv
+from s2attn.patterns import Pattern, Recipe
+
+
+class SparseCache:
+    """A paged cache of keys and values for many sequences that shrinks as the pattern allows.
+
+    A page holds ``page_size`` tokens of one KV head of one layer. It is given out when its first token comes, and taken back as soon as
+    the pattern proves that no later query of that head reads any of its tokens; a page that nobody will ever read is never given out. The
+    proof is exact to the token, for sequences of up to ``max_tokens``. With a KV-efficient pattern what is kept is what the next query
+    reads. Any other pattern comes back to pages which it has left out, so that they must wait: `bytes_waiting` says what that costs.
+
+    Args:
+        pattern: which keys are seen, or a `Recipe` with a pattern for each layer.
+        num_kv_heads, head_dim, v_dim: G, D, and the width of values (D by default).
+        num_pages: pages in the pool, shared by all sequences, layers and heads. All memory is taken at once, ``num_pages * page_bytes``.
+        max_tokens: the longest that a sequence may become.
+        num_layers: layers of the model.
+        num_heads: query heads H (G by default); it matters for patterns that tell query heads apart.
+        page_size: tokens per page, a multiple of 16; the pattern's own block wastes nothing.
+        heads: the global heads that these are, under tensor parallelism.
+        dtype, device: of the pages.
+
+    >>> from s2attn import Sink, Window
+    >>> shape = {"num_kv_heads": 1, "head_dim": 8, "page_size": 16, "dtype": torch.float32}
+    >>> cache = SparseCache(Sink(4) | Window(32), num_pages=8, max_tokens=4096, **shape)
+    >>> sequence = cache.open()
+    >>> for _ in range(40):
+    ...     out = cache.attend([sequence], 0, *torch.randn(3, 1, 5, 1, 8))
+    >>> cache.length(sequence), cache.bytes_used, cache.bytes_dense
+    (200, 4096, 12800)
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern | Recipe,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        max_tokens: int,
+        v_dim: int | None = None,
+        num_layers: int = 1,
+        num_heads: int | None = None,
+        page_size: int = 64,
+        heads: HeadRange | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not isinstance(pattern, (Pattern, Recipe)):
+            raise bad_kind("pattern", "must be a Pattern or a Recipe", pattern)
+        if dtype not in FLOATS:
+            raise bad_value("dtype", f"must be one of {', '.join(str(one) for one in FLOATS)}", dtype)
+        self.pattern, self.num_kv_heads = pattern, check_int("num_kv_heads", num_kv_heads, 1)
+        self.num_layers = check_int("num_layers", num_layers, 1)
+        self.num_heads = self.num_kv_heads if num_heads is None else check_int("num_heads", num_heads, 1)
+        if self.num_heads % self.num_kv_heads:
+            raise bad_value("num_kv_heads", f"must divide num_heads ({self.num_heads})", num_kv_heads)
+        if heads is not None and heads.end - heads.start != self.num_heads:
+            raise bad_value("heads", f"must name num_heads ({self.num_heads}) heads", f"({heads.start}, {heads.end})")
+        if check_int("page_size", page_size, 16) % 16:
+            raise bad_value("page_size", "must be a multiple of 16", page_size)
+        self.heads, self.page_size = heads, page_size
+        check_int("max_tokens", max_tokens, 1)
+        check_int("num_pages", num_pages, 1)
+        width, v_width = check_int("head_dim", head_dim, 1), head_dim if v_dim is None else check_int("v_dim", v_dim, 1)
+        everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
+        needs = page_needs(pattern, everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
+        self.ledger = Ledger(needs, page_size=page_size, num_pages=num_pages, max_tokens=max_tokens)
+        self._k, self._v = (torch.zeros(num_pages, page_size, 1, w, dtype=dtype, device=device) for w in (width, v_width))
+
+    # sequences
+
+    def open(self) -> int:
+        """A new empty sequence; its number."""
+        return self.ledger.open()
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with all tokens of another one, at no cost: pages are shared, and copied when one of the two writes to them."""
+        return self.ledger.fork(sequence)
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence and give its pages back."""
+        self.ledger.close(sequence)
+
+    def length(self, sequence: int, layer: int = 0) -> int:
+        """Tokens of a sequence that a layer has been given."""
+        return self.ledger.length(sequence, layer)
+
+    # tokens
+
+    def attend(
+        self, sequences: Sequence[int], layer: int, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Append new tokens, let their queries attend, and give back what no later query reads: one layer of a model in one call.
+
+        Args:
+            sequences: as many as the batch has, all different.
+            q, k, v: ``(B, T, H, D)``, ``(B, T, G, D)``, ``(B, T, G, Dv)``; or packed, with ``cu_seqlens_q``.
+            options: scale, softcap, sinks, return_lse, backend of `s2attn.decode`.
+
+        Raises:
+            CacheFull: not enough free pages. Nothing was appended: make room and repeat the call.
+            ValueError, TypeError, Unsupported: as `s2attn.decode`; also a sequence that would become longer than max_tokens. Nothing was
+                appended then either.
+        """
+        before = [(sequence, self.length(sequence, layer)) for sequence in sequences]
+        self.append(sequences, layer, k, v, cu_seqlens_q=cu_seqlens_q)
+        pattern = pattern_of(self.pattern, layer)
+        where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
+        try:
+            result = decode(q, self.k_pages, self.v_pages, pattern, **where, **options)
+        except Exception:  # whatever was wrong with the queries: the tokens do not stay either
+            self.ledger.retract(layer, before)
+            raise
+        for sequence in sequences:
+            self.trim(sequence, layer)
+        return result
+
+    def append(self, sequences: Sequence[int], layer: int, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor | None = None) -> None:
+        """Store new keys and values of a layer, for all sequences or, with `CacheFull`, for none; arguments as of :meth:`attend`.
+
+        Afterwards the queries of these tokens can be served; :meth:`trim` gives back what only they needed.
+        """
+        counts = self._counts(sequences, k, v, cu_seqlens_q)
+        rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
+        self._write(rooms, k.reshape(-1, 1, k.shape[-1]), v.reshape(-1, 1, v.shape[-1]))
+
+    def trim(self, sequence: int, layer: int | None = None) -> None:
+        """Give back the pages that no later query reads, of one layer or of all."""
+        self.ledger.trim(sequence, layer)
+
+    def tables(self, sequences: Sequence[int], layer: int) -> dict[str, Tensor]:
+        """``block_table`` ``(B, G, max_pages)`` and ``seq_lens`` ``(B,)`` of a layer, as `s2attn.decode` takes them."""
+        lengths = [self.ledger.length(sequence, layer) for sequence in sequences]
+        width = max([1, *(-(-length // self.page_size) for length in lengths)])
+        table = np.full((len(lengths), self.num_kv_heads, width), GONE, dtype=np.int32)
+        for line, sequence in zip(table, sequences, strict=True):
+            mine = self.ledger.table(sequence, layer)[:, :width]
+            line[:, : mine.shape[1]] = mine
+        device = self._k.device
+        return {"block_table": torch.from_numpy(table).to(device), "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device)}
+
+    @property
+    def k_pages(self) -> Tensor:
+        """Keys as `s2attn.decode` takes them: one pool, seen by every KV head (the head axis has stride 0)."""
+        return self._k.expand(-1, -1, self.num_kv_heads, -1)
+
+    @property
+    def v_pages(self) -> Tensor:
+        """Values, in the same way."""
+        return self._v.expand(-1, -1, self.num_kv_heads, -1)
+
+    # bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, keys and values."""
+        return self.page_size * self._token_bytes
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of all pages in use; a shared page counts once."""
+        return self.ledger.used_pages * self.page_bytes
+
+    @property
+    def bytes_dense(self) -> int:
+        """What the same tokens take where every key is kept and nothing is shared."""
+        tokens = sum(self.length(sequence, layer) for sequence in self.ledger.sequences for layer in range(self.num_layers))
+        return tokens * self.num_kv_heads * self._token_bytes
+
+    @property
+    def bytes_waiting(self) -> int:
+        """Bytes of pages which the next query of their head does not read, though a later one may: 0 for KV-efficient patterns."""
+        read, held = set(), set()
+        for sequence in self.ledger.sequences:
+            for layer in range(self.num_layers):
+                table = self.ledger.table(sequence, layer)
+                listed = self._read_next(layer, self.length(sequence, layer), table.shape[1])
+                alive = table != GONE
+                held.update(table[alive].tolist())
+                read.update(table[alive & listed].tolist())
+        return len(held - read) * self.page_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return (self._k.shape[-1] + self._v.shape[-1]) * self._k.element_size()
+
+    def _read_next(self, layer: int, length: int, pages: int) -> np.ndarray:
+        """Which pages ``(kv_heads, pages)`` the query at position ``length`` reads."""
+        pattern = pattern_of(self.pattern, layer)
+        shape = (self.num_heads, self.num_kv_heads, 1, length + 1)
+        layout = build_layout(pattern, *shape, block=16, layer=layer, heads=self.heads)
+        listed = np.zeros((self.num_kv_heads, max(pages, length // self.page_size + 1)), dtype=bool)
+        for head in range(layout.heads):
+            full, partial = layout.rows.line(head, 0)
+            blocks = np.array([*full, *(block for block, _ in partial)], dtype=np.int64)
+            listed[head * self.num_kv_heads // layout.heads, blocks * 16 // self.page_size] = True
+        return listed[:, :pages]
+
+    def _counts(self, sequences: Sequence[int], k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> list[int]:
+        """New tokens of each sequence; k and v checked."""
+        axes = 4 if cu_seqlens_q is None else 3
+        for name, new, pages in (("k", k, self._k), ("v", v, self._v)):
+            if not isinstance(new, Tensor):
+                raise bad_kind(name, "must be a tensor", new)
+            rule = f"({'total' if axes == 3 else 'batch, tokens'}, {self.num_kv_heads}, {pages.shape[-1]})"
+            if new.dim() != axes or tuple(new.shape[-2:]) != (self.num_kv_heads, pages.shape[-1]) or new.shape[:-2] != k.shape[:-2]:
+                raise bad_value(name, f"must have shape {rule}", tuple(new.shape))
+            if new.dtype != pages.dtype:
+                raise TypeError(f"{name} must have the dtype of the cache, {pages.dtype}; got {new.dtype}")
+            if new.device != pages.device:
+                raise bad_value(name, f"must lie on the device of the cache, {pages.device}", new.device)
+        if cu_seqlens_q is None:
+            counts = [k.shape[1]] * k.shape[0]
+        else:
+            counts = np.diff(read_cu_seqlens("cu_seqlens_q", cu_seqlens_q, k.shape[0])).tolist()
+        if len(counts) != len(sequences):
+            raise bad_value("sequences", f"must name one for each of the {len(counts)} of the batch", len(sequences))
+        return counts
+
+    def _write(self, rooms: list[Room], k: Tensor, v: Tensor) -> None:
+        if not rooms:
+            return
+        copies = torch.from_numpy(np.concatenate([room.copies for room in rooms]).astype(np.int64)).to(self._k.device)
+        if len(copies):
+            for pages in (self._k, self._v):
+                pages[copies[:, 1]] = pages[copies[:, 0]]
+        slots = torch.from_numpy(np.concatenate([room.slots.reshape(-1) for room in rooms])).to(self._k.device)
+        store_kv(k.detach(), v.detach(), self._k, self._v, slots)
