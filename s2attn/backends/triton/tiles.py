@@ -86,6 +86,8 @@ def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int,
     large = shared_limit >= WIDE_MEMORY
     if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
         # Products on ordinary units, or rows too wide for the registers: small tiles.
+        if itemsize > 2 and block < 32:
+            return Tiles(32, 16, 4, 2) if wide <= 128 else Tiles(16, 16, 8, 2)
         return Tiles(32 if wide <= 128 else 16, 32, 4, 3)
     gathered = block < 64  # a token number per lane needs registers too
     if op == "dkv":
