@@ -93,7 +93,10 @@ def exact(group: Group) -> Truth:
         values.append(torch.einsum("bgrs,bsd->brgd", dscores, k))
         values.append(torch.einsum("bgrs,brgd->bsd", dscores, q))
         values.append(torch.einsum("bgrs,brgd->bsd", weights, dout))
-        dsquares = squares * (dweights.abs() + delta.abs()).square() * group.scale**2
+        # dP and delta are sums over the width, which may cancel, and in a row of one key their difference does: what counts is what was
+        # added up.
+        added = torch.einsum("brgd,bsd->bgrs", dout.square(), v.square()) + (dout * out).square().sum(-1).transpose(1, 2)[..., None]
+        dsquares = squares * ((dweights.abs() + delta.abs()).square() + added) * group.scale**2
         sizes.append(torch.einsum("bgrs,bs->brg", dsquares, k.square().sum(-1)))
         sizes.append(_lines(torch.einsum("bgrs,brg->bs", dsquares, q.square().sum(-1))[..., None]))
         sizes.append(_lines(torch.einsum("bgrs,brg->bs", squares, dout.square().sum(-1))[..., None]))
