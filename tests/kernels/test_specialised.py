@@ -111,6 +111,24 @@ def test_a_gradient_that_is_one_number_for_all(special):
     check_backend(special, replace(p, dout=torch.ones(1, 1, 1, 1).expand_as(p.dout)))
 
 
+def test_gradients_at_odd_addresses_are_copied():
+    from s2attn.backends.triton.specialised import is_aligned
+    from s2attn.backends.triton.ways import aligned_copy
+
+    odd = torch.randn(80 * 64 + 1, dtype=torch.float16)[1:].view(1, 80, 1, 64)
+    assert odd.is_contiguous() and not is_aligned(odd)
+    assert is_aligned(aligned_copy(odd)) and torch.equal(aligned_copy(odd), odd)
+    assert is_aligned(aligned_copy(torch.ones(1, 1, 1, 1).expand(1, 80, 2, 64)))
+    assert aligned_copy(odd.clone()).data_ptr() % 16 == 0
+
+
+def test_heads_far_apart_go_the_plain_way():
+    from s2attn.backends.triton.specialised import fits_columns
+
+    wide = torch.empty(1, 2**20, 32, 64, device="meta").transpose(1, 2).contiguous().transpose(1, 2)
+    assert not fits_columns(wide, groups=1) and fits_columns(wide, groups=8)
+
+
 def test_form_and_objections():
     from s2attn.backends.triton.specialised import choose_form, form_objections, is_aligned
 

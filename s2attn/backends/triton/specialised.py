@@ -96,6 +96,11 @@ def is_aligned(*tensors: Tensor) -> bool:
     )
 
 
+def fits_columns(*tensors: Tensor, groups: int) -> bool:
+    """Whether the heads of a group, side by side as the columns of one descriptor, have 32-bit numbers; the dkv kernel reads them so."""
+    return all(x.stride(2) * (x.shape[2] // groups) < 2**31 for x in tensors)
+
+
 @dataclass(frozen=True, eq=False)
 class TallMasks:
     """What the kernel reads beside a `Walk`: a code per other entry, the tall mask tiles, and where each line's sequence ends.

@@ -93,15 +93,15 @@ class Way:
     ) -> Tensor:  # fmt: skip
         special = self._special(q, k, v)
         if special is not None:
-            return specialised.specialised_dq(q, k, v, _aligned(dout), lse, delta, special, scoring)
+            return specialised.specialised_dq(q, k, v, aligned_copy(dout), lse, delta, special, scoring)
         return launch.dq(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
 
     def dkv(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         special = self._special(q, k, v)
-        if special is not None:
-            return specialised.specialised_dkv(q, k, v, _aligned(dout), lse, delta, special, scoring)
+        if special is not None and specialised.fits_columns(q, dout, groups=k.shape[2]):
+            return specialised.specialised_dkv(q, k, v, aligned_copy(dout), lse, delta, special, scoring)
         return launch.dkv(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
 
     @property
@@ -122,9 +122,9 @@ class Way:
         return self._walk
 
 
-def _aligned(dout: Tensor) -> Tensor:
-    """The gradient of a sum is one number expanded, which no descriptor reads."""
-    return dout if specialised.is_aligned(dout) else dout.contiguous()
+def aligned_copy(dout: Tensor) -> Tensor:
+    """A gradient that descriptors can read: that of a sum is one number expanded, and any may begin at an odd address."""
+    return dout if specialised.is_aligned(dout) else dout.clone(memory_format=torch.contiguous_format)
 
 
 def can_specialise(device: torch.device, dtype: torch.dtype) -> bool:
