@@ -13,8 +13,8 @@ lse and delta come with the tiles, through shared memory, and are read where the
 for global memory in every step.
 """
 
-from s2attn.kernels.hopper.names import copy_in, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from s2attn.kernels.hopper.parts import ROWS, WORD, allowed_bits, barriers, numbers_of_heads, probabilities, rows_of_heads, store_rows
+from s2attn.kernels.hopper.names import copy_in, fence_async_shared, gl, gluon, make_descriptor, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from s2attn.kernels.hopper.parts import ROWS, WORD, allowed_bits, barriers, probabilities, rows_of_heads, store_rows
 from s2attn.kernels.pieces.scores import LOG2E, product_gradient
 from s2attn.kernels.pieces.work import find_list, read_piece, slot_rows
 
@@ -35,8 +35,8 @@ def query_of(step, lists, walk, RB: gl.constexpr, BLOCK_M: gl.constexpr):
 @gluon.jit
 def dkv_producer(sources, ring, lists, walk, STAGES: gl.constexpr, RB: gl.constexpr, BLOCK_M: gl.constexpr):
     """Load q, dout, lse and delta of every step; the next step's place is looked up before this one waits."""
-    q_rows, dout_rows, lse_row, delta_row, q_head, dout_head, places = sources
-    q_ring, dout_ring, lse_ring, delta_ring, ready, empty = ring
+    q_rows, dout_rows, numbers, q_head, dout_head, places = sources
+    q_ring, dout_ring, number_ring, ready, empty = ring
     steps = walk[0] + walk[1]
     if steps > 0:
         row, place, member = query_of(0, lists, walk, RB, BLOCK_M)
@@ -46,11 +46,10 @@ def dkv_producer(sources, ring, lists, walk, STAGES: gl.constexpr, RB: gl.conste
             barrier = ready.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
             tiles: gl.constexpr = q_rows.block_type.nbytes + dout_rows.block_type.nbytes
-            mbarrier.expect(barrier, tiles + lse_row.block_type.nbytes + delta_row.block_type.nbytes)
+            mbarrier.expect(barrier, tiles + numbers.block_type.nbytes)
             copy_in(q_rows, [row, (member * q_head).to(gl.int32)], barrier, q_ring.index(stage))
-            copy_in(lse_row, [member * places + place], barrier, lse_ring.index(stage))
+            copy_in(numbers, [0, member * places + place], barrier, number_ring.index(stage))
             copy_in(dout_rows, [row, (member * dout_head).to(gl.int32)], barrier, dout_ring.index(stage))
-            copy_in(delta_row, [member * places + place], barrier, delta_ring.index(stage))
             row, place, member = next_row, next_place, next_member
 
 
@@ -67,9 +66,9 @@ def start_sum(total, weights, of_ring, stage, operand: gl.constexpr):
 
 
 @gluon.jit
-def by_query(numbers, stage, layout: gl.constexpr):
-    """lse or delta of one stage, one number for each column."""
-    return numbers.index(stage).load(gl.SliceLayout(0, layout))[None, :]
+def by_query(ring, stage, which: gl.constexpr, layout: gl.constexpr):
+    """lse (0) or delta (1) of one stage, one number for each column."""
+    return ring[2].index(stage).slice(which, 1).load(layout)
 
 
 @gluon.jit
@@ -81,7 +80,7 @@ def dkv_full(
 
     Nothing is in flight from one round of the loop to the next: the assembler would wait after every product.
     """
-    q_ring, dout_ring, lse_ring, delta_ring, ready, empty = ring
+    q_ring, dout_ring, _, ready, empty = ring
     factor, cap_log2 = scaling
     first, steps = turn
     mbarrier.wait(ready.index(first % STAGES), first // STAGES & 1)
@@ -91,10 +90,10 @@ def dkv_full(
         dpt = start_product(v_tile, dout_ring, stage, zeros)
         mbarrier.wait(ready.index(after % STAGES), after // STAGES & 1)
         following = start_product(k_tile, q_ring, after % STAGES, zeros)
-        p, logits = probabilities(st, by_query(lse_ring, stage, across) * -LOG2E, factor, cap_log2, True, CAPPED, False)
+        p, logits = probabilities(st, by_query(ring, stage, 0, across) * -LOG2E, factor, cap_log2, True, CAPPED, False)
         dv_sum = start_sum(dv, p, dout_ring, stage, of_dv)
         dpt = warpgroup_mma_wait(2, deps=[dpt])
-        ds = product_gradient(p * (dpt - by_query(delta_ring, stage, across)), logits, cap_log2, CAPPED)
+        ds = product_gradient(p * (dpt - by_query(ring, stage, 1, across)), logits, cap_log2, CAPPED)
         dk_sum = start_sum(dk, ds, q_ring, stage, of_dk)
         st, dv, dk = warpgroup_mma_wait(0, deps=[following, dv_sum, dk_sum])
         mbarrier.arrive(empty.index(stage), count=1)
@@ -109,13 +108,13 @@ def last_of_step(
     STAGES: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """What is left of a step when S is known and dP is the only product in flight; its tiles are let go."""
-    q_ring, dout_ring, lse_ring, delta_ring, _, empty = ring
+    q_ring, dout_ring, _, _, empty = ring
     factor, cap_log2 = scaling
     stage = step % STAGES
-    p, logits = probabilities(st, by_query(lse_ring, stage, across) * -LOG2E, factor, cap_log2, allowed, CAPPED, MASKED)
+    p, logits = probabilities(st, by_query(ring, stage, 0, across) * -LOG2E, factor, cap_log2, allowed, CAPPED, MASKED)
     dv_sum = start_sum(dv, p, dout_ring, stage, of_dv)
     dpt = warpgroup_mma_wait(1, deps=[dpt])
-    ds = product_gradient(p * (dpt - by_query(delta_ring, stage, across)), logits, cap_log2, CAPPED)
+    ds = product_gradient(p * (dpt - by_query(ring, stage, 1, across)), logits, cap_log2, CAPPED)
     dk_sum = start_sum(dk, ds, q_ring, stage, of_dk)
     dk, dv = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])
     mbarrier.arrive(empty.index(stage), count=1)
@@ -129,7 +128,7 @@ def dkv_others(
     STAGES: gl.constexpr, STRIDE: gl.constexpr, RB: gl.constexpr, BLOCK_M: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Fold this consumer's other steps into dk and dv; ``words_ptr`` points to the words of its keys in mask tile 0."""
-    q_ring, dout_ring, _, _, ready, _ = ring
+    q_ring, dout_ring, _, ready, _ = ring
     full_steps, other_steps, _, to_other, group, _ = walk
     lane = gl.arange(0, ROWS, gl.SliceLayout(1, across))
     column = gl.arange(0, BLOCK_M, gl.SliceLayout(0, across))
@@ -149,7 +148,7 @@ def dkv_others(
 
 @gluon.jit
 def dkv_consumer(
-    which, key_tiles, ring, walk, codes_ptr, words_ptr, scaling, left, place, out,
+    which, key_tiles, ring, walk, masks, scaling, left, place, out,
     D: gl.constexpr, DV: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, RB: gl.constexpr, BLOCK_M: gl.constexpr,
     CAPPED: gl.constexpr,
 ):  # fmt: skip
@@ -168,11 +167,10 @@ def dkv_consumer(
     dv = gl.zeros([ROWS, DV], gl.float32, dv_layout)
     mbarrier.wait(keys_ready, 0)
     if turn < walk[0]:
-        dk, dv = dkv_full(
-            dk, dv, k_tile, v_tile, ring, (turn, walk[0]), scaling, zeros, of_dk, of_dv, across, STAGES, STRIDE, CAPPED
-        )
+        dk, dv = dkv_full(dk, dv, k_tile, v_tile, ring, (turn, walk[0]), scaling, zeros, of_dk, of_dv, across, STAGES, STRIDE, CAPPED)
     # Whose turn it is at the first of the other steps follows from the number of full ones.
     turn = walk[0] + (walk[0] + turn) % STRIDE
+    codes_ptr, words_ptr = masks
     words_ptr += (place + half * ROWS) * (RB // WORD)
     dk, dv = dkv_others(
         dk, dv, k_tile, v_tile, ring, (turn, 0), walk, scaling, zeros, codes_ptr, words_ptr, of_dk, of_dv, across,
@@ -225,12 +223,11 @@ def load_key_tiles(k_of, v_of, key, D: gl.constexpr, DV: gl.constexpr, KEYS: gl.
 @gluon.jit
 def make_ring(sources, STAGES: gl.constexpr, COUNT: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr):
     """STAGES tiles of q and dout with their lse and delta, and barriers for "loaded" and "let go by COUNT consumers"."""
-    q_rows, dout_rows, lse_row, delta_row, _, _, _ = sources
+    q_rows, dout_rows, numbers, _, _, _ = sources
     q_ring = gl.allocate_shared_memory(q_rows.dtype, [STAGES, BLOCK_M, D], q_rows.layout)
     dout_ring = gl.allocate_shared_memory(dout_rows.dtype, [STAGES, BLOCK_M, DV], dout_rows.layout)
-    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_row.layout)
-    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_row.layout)
-    return q_ring, dout_ring, lse_ring, delta_ring, barriers(STAGES, 1), barriers(STAGES, COUNT)
+    number_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], numbers.layout)
+    return q_ring, dout_ring, number_ring, barriers(STAGES, 1), barriers(STAGES, COUNT)
 
 
 @gluon.jit
@@ -246,7 +243,7 @@ def room_for_sums(D: gl.constexpr, DV: gl.constexpr, KEYS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "places"])
 def hopper_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, slot_dk_ptr, slot_dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, numbers_ptr, dk_ptr, dv_ptr, slot_dk_ptr, slot_dv_ptr,
     pieces_ptr, line_start_ptr, line_length_ptr, ptr_ptr, full_ptr, sub_at_ptr, idx_ptr, sub_ptr, words_ptr,
     query_start_ptr, query_end_ptr,
     scale, factor, cap_log2, slots, lines, num_heads, num_kv_heads, layout_heads, tokens, places,
@@ -258,8 +255,8 @@ def hopper_dkv_kernel(
     """``dv = P^T dout`` and ``dk = scale * dS^T q`` of KEYS = 64 or 128 keys; grid ``(pieces * SUBS, batch)``.
 
     The arguments are those of `s2attn.kernels.specialised_backward.specialised_dkv_kernel`, except that ``sub_ptr`` has the numbers of the
-    mask tiles, and ``words_ptr`` these tiles ``[tile, key, query]`` as 32-bit words along the queries. ``lse_ptr`` and ``delta_ptr`` come
-    by block, ``places`` numbers per head, lse = +inf where there is no query.
+    mask tiles, and ``words_ptr`` these tiles ``[tile, key, query]`` as 32-bit words along the queries. ``numbers_ptr``
+    has all of lse and then all of delta by block, ``places`` of each per head, lse = +inf where there is no query.
     """
     STRIDE: gl.constexpr = 2 * ROWS // KEYS
     gl.static_assert(STAGES > STRIDE, "a consumer holds one step while it asks for its next one")
@@ -277,10 +274,10 @@ def hopper_dkv_kernel(
     head = kv_head * group
     q_rows = rows_of_heads((q_ptr + batch * q_batch + head * q_head, end, q_token, q_head), group, BLOCK_M, D)
     dout_rows = rows_of_heads((dout_ptr + batch * dout_batch + head * dout_head, end, dout_token, dout_head), group, BLOCK_M, DV)
-    of_group = (batch * num_heads + head) * places
-    lse_row = numbers_of_heads(lse_ptr + of_group, group * places, BLOCK_M)
-    delta_row = numbers_of_heads(delta_ptr + of_group, group * places, BLOCK_M)
-    sources = (q_rows, dout_rows, lse_row, delta_row, q_head, dout_head, places)
+    of_group, apart = numbers_ptr + (batch * num_heads + head) * places, gl.num_programs(1).to(gl.int64) * num_heads * places
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2, BLOCK_M], gl.float32)
+    numbers = make_descriptor(of_group, [2, group * places], [apart, 1], [2, BLOCK_M], layout)
+    sources = (q_rows, dout_rows, numbers, q_head, dout_head, places)
     ring = make_ring(sources, STAGES, KEYS // ROWS, BLOCK_M, D, DV)
     left = room_for_sums(D, DV, KEYS)
 
@@ -290,9 +287,9 @@ def hopper_dkv_kernel(
     first = slot_rows(batch, slots, slot, 1, 0, tile, SUBS, KEYS)
     to_dk = (dk_ptr + batch * dk_batch + kv_head * dk_head + key * dk_token, dk_token, slot_dk_ptr + first * D)
     to_dv = (dv_ptr + batch * dv_batch + kv_head * dv_head + key * dv_token, dv_token, slot_dv_ptr + first * DV)
-    scaling, out = (factor, cap_log2), (to_dk, to_dv, scale, count, slot >= 0)
+    masks, scaling, out = (codes_ptr, words_ptr), (factor, cap_log2), (to_dk, to_dv, scale, count, slot >= 0)
     gl.warp_specialize([
-        (dkv_consumer, (0, key_tiles, ring, walk, codes_ptr, words_ptr, scaling, left, place, out, D, DV, KEYS, STAGES, RB, BLOCK_M, CAPPED)),
-        (dkv_consumer, (1, key_tiles, ring, walk, codes_ptr, words_ptr, scaling, left, place, out, D, DV, KEYS, STAGES, RB, BLOCK_M, CAPPED)),
+        (dkv_consumer, (0, key_tiles, ring, walk, masks, scaling, left, place, out, D, DV, KEYS, STAGES, RB, BLOCK_M, CAPPED)),
+        (dkv_consumer, (1, key_tiles, ring, walk, masks, scaling, left, place, out, D, DV, KEYS, STAGES, RB, BLOCK_M, CAPPED)),
         (dkv_producer, (sources, ring, (idx_ptr + begin, query_start_ptr), walk, STAGES, RB, BLOCK_M)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -1,8 +1,8 @@
 """dq on Hopper: a producer warp walks a row's list, two consumer warpgroups hold 64 query rows each and read the same keys.
 
 The two consumers have the same 64 tokens of two query heads with one list (``STACK = 2``), the halves of 128 rows of one block
-(``RB >= 128``), or two neighbouring query blocks over the union of their lists (``F = 2``). Only in the last form can an entry be absent for
-a consumer: it waits for the tiles and lets them go. It must wait, or it could let go of one stage twice before the other does so once.
+(``RB >= 128``), or two neighbouring query blocks over the union of their lists (``F = 2``). Only in the last form can an entry be absent
+for a consumer: it waits for the tiles and lets them go. It must wait, or it could let go of one stage twice before the other does so once.
 
 Keys and values have barriers of their own. Over full entries a consumer keeps three products in flight, dq of one step and S and dP of the
 next, so that the tensor cores have work while it computes P. Other entries, which are few, are taken one by one.
@@ -122,10 +122,12 @@ def last_of_step(dq, p, dp, logits, delta, cap_log2, ring, step, operand: gl.con
 
 @gluon.jit
 def dq_others(
-    dq, q_smem, dout_smem, ring, walk, rows, scaling, zeros, exists, codes_ptr, words_ptr, operand: gl.constexpr, across_layout: gl.constexpr,
-    STAGES: gl.constexpr, PER: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr, CAPPED: gl.constexpr,
+    dq, q_smem, dout_smem, ring, walk, rows, scaling, zeros, exists, codes_ptr, words_ptr,
+    operand: gl.constexpr, across_layout: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Fold the other entries into dq; ``words_ptr`` points to the words of this consumer's rows in mask tile 0."""
+    PER: gl.constexpr = RB // BLOCK_N
     minus_lse_log2, delta = rows
     factor, cap_log2 = scaling
     across = gl.arange(0, BLOCK_N, across_layout)
@@ -153,8 +155,8 @@ def dq_others(
 @gluon.jit
 def dq_consumer(
     which, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out,
-    STAGES: gl.constexpr, PER: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr, D: gl.constexpr,
-    CAPPED: gl.constexpr, STACK: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr, D: gl.constexpr, CAPPED: gl.constexpr,
+    STACK: gl.constexpr,
 ):  # fmt: skip
     """dq of 64 rows: those of the first or of the second of the two tiles; ``out`` and ``row_of`` point to the first one's."""
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -178,7 +180,7 @@ def dq_consumer(
     words_ptr += (place % RB + lane - below) * (RB // WORD)
     dq = dq_others(
         dq, q_smem, dout_smem, ring, walk, rows, scaling, zeros, exists, codes_ptr + place // RB, words_ptr, operand,
-        gl.SliceLayout(0, mma_s), STAGES, PER, BLOCK_N, RB, F, CAPPED,
+        gl.SliceLayout(0, mma_s), STAGES, BLOCK_N, RB, F, CAPPED,
     )  # fmt: skip
     if in_slot:
         store_rows(slot_ptr + (head * slot_head + below) * D, D, dq, ROWS, D, mma_o)
@@ -230,10 +232,11 @@ def hopper_dq_kernel(
     at = batch * lse_batch + head * lse_head + row
     row_of = (lse_ptr + at, delta_ptr + at, lse_head, place, count)
     first = slot_rows(batch, slots, slot, shared, member * STACK, tile, SUBS, LINE)
-    out = (dq_ptr + batch * dq_batch + head * dq_head + row * dq_token, dq_token, dq_head, scale, slot_dq_ptr + first * D, SUBS * LINE, slot >= 0)
+    to_dq = dq_ptr + batch * dq_batch + head * dq_head + row * dq_token
+    out = (to_dq, dq_token, dq_head, scale, slot_dq_ptr + first * D, SUBS * LINE, slot >= 0)
     codes_ptr, scaling = codes_ptr + other_from * F, (factor, cap_log2)
     gl.warp_specialize([
-        (dq_consumer, (0, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out, STAGES, PER, BLOCK_N, RB, F, D, CAPPED, STACK)),
-        (dq_consumer, (1, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out, STAGES, PER, BLOCK_N, RB, F, D, CAPPED, STACK)),
+        (dq_consumer, (0, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out, STAGES, BLOCK_N, RB, F, D, CAPPED, STACK)),
+        (dq_consumer, (1, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out, STAGES, BLOCK_N, RB, F, D, CAPPED, STACK)),
         (dq_producer, (k_rows, v_rows, ring, (idx_ptr + begin, key_start_ptr), walk, STAGES, PER, BLOCK_N)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -19,13 +19,6 @@ def rows_of_heads(of, HEADS: gl.constexpr, TILE: gl.constexpr, WIDTH: gl.constex
 
 
 @gluon.jit
-def numbers_of_heads(base_ptr, count, TILE: gl.constexpr):
-    """A descriptor of TILE numbers in a row."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE], base_ptr.dtype.element_ty)
-    return make_descriptor(base_ptr, [count], [1], [TILE], layout)
-
-
-@gluon.jit
 def barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
     """STAGES barriers that change their phase after COUNT arrivals."""
     made = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -49,8 +42,8 @@ def probabilities(products, minus_lse_log2, factor, cap_log2, allowed, CAPPED: g
 def allowed_bits(row_ptr, wanted, across, WIDTH: gl.constexpr):
     """Whether each pair of a tile is allowed, ``[rows, WIDTH]``; all pairs of a row that is not ``wanted``.
 
-    ``row_ptr`` points to the first word of each row, whose bits ascend; ``across`` counts the columns. The words of a row take two registers
-    where bytes would take one for each pair.
+    ``row_ptr`` points to the first word of each row, whose bits ascend; ``across`` counts the columns. The words of a row take two
+    registers where bytes would take one for each pair.
     """
     bits = gl.load(row_ptr, mask=wanted, other=-1)[:, None]
     if WIDTH > WORD:
