@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,10 +53,11 @@ class HopperForm:
         return {"STACK": self.stack, "BLOCK_N": self.listed_tokens, "F": self.factor(block), **shared}
 
 
-def choose_hopper_form(op: str, dim: int, dim_v: int, block: int, shared_heads: int) -> HopperForm:
+def choose_hopper_form(op: str, dim: int, dim_v: int, block: int, shared_heads: int, capped: bool = False) -> HopperForm:
     """The form of "dq" or "dkv" for heads of ``dim`` and ``dim_v`` (64 or 128): what does not spill, and all stages that fit.
 
     Query blocks of 64 are stacked by heads where an even number of neighbouring query heads, ``shared_heads``, shares keys and lists.
+    ``capped``: with a soft-cap, whose arithmetic needs registers too.
 
     >>> choose_hopper_form("dq", 128, 128, 64, 4)
     HopperForm(line_tokens=64, stack=2, listed_tokens=64, stages=5)
@@ -65,19 +66,23 @@ def choose_hopper_form(op: str, dim: int, dim_v: int, block: int, shared_heads: 
     """
     both = 2 * (dim + dim_v)  # bytes of one row of two operands
     if op == "dkv":
-        stack, line_tokens = 1, min(block, 2 * CONSUMER_ROWS)
-        listed = 64 if max(dim, dim_v) <= 64 else 32
+        wide = max(dim, dim_v) > 64
+        stack, line_tokens, listed = 1, CONSUMER_ROWS if wide and capped else min(block, 2 * CONSUMER_ROWS), 32 if wide else 64
         fixed = line_tokens * both + (CONSUMER_ROWS * 2 * both if line_tokens == CONSUMER_ROWS else 0)
     else:
         stack = 2 if block < 2 * CONSUMER_ROWS and shared_heads % 2 == 0 else 1
         line_tokens, listed, fixed = 2 * CONSUMER_ROWS // stack, 64, 2 * CONSUMER_ROWS * both
     room = SHARED_MEMORY["sm_90"] - KEPT_FREE - fixed
-    return HopperForm(line_tokens, stack, listed, min(MOST_STAGES, room // (listed * both)))
+    stages = min(MOST_STAGES, room // (listed * both))
+    if op == "dkv" and line_tokens == CONSUMER_ROWS:
+        stages -= stages % 2  # each stage belongs to one consumer
+    return HopperForm(line_tokens, stack, listed, stages)
 
 
 def hopper_objections(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> list[str]:
     """Every reason why the Hopper kernel of ``op`` cannot serve such tensors and this layout, wherever they lie."""
-    return form_objections(op, q, k, v, layout, scoring)
+    # A soft-cap is no reason: the form makes room for it.
+    return form_objections(op, q, k, v, layout, replace(scoring, softcap=None))
 
 
 def mask_words(tiles: Tensor) -> Tensor:

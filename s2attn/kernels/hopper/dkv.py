@@ -260,6 +260,8 @@ def hopper_dkv_kernel(
     """
     STRIDE: gl.constexpr = 2 * ROWS // KEYS
     gl.static_assert(STAGES > STRIDE, "a consumer holds one step while it asks for its next one")
+    # A consumer tells phases of a barrier apart by their parity. A stage that both took in turns could be two phases ahead of one of them.
+    gl.static_assert(STAGES % STRIDE == 0, "each stage belongs to one consumer where they take turns")
     number, tile = gl.program_id(0) // SUBS, gl.program_id(0) % SUBS
     item, full_from, full_to, other_from, other_to, slot = read_piece(pieces_ptr, number)
     kv_head, line = (item // lines).to(gl.int64), item % lines

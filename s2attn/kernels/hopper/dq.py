@@ -4,8 +4,8 @@ The two consumers have the same 64 tokens of two query heads with one list (``ST
 (``RB >= 128``), or two neighbouring query blocks over the union of their lists (``F = 2``). Only in the last form can an entry be absent
 for a consumer: it waits for the tiles and lets them go. It must wait, or it could let go of one stage twice before the other does so once.
 
-Keys and values have barriers of their own. Over full entries a consumer keeps three products in flight, dq of one step and S and dP of the
-next, so that the tensor cores have work while it computes P. Other entries, which are few, are taken one by one.
+Over full entries a consumer asks for dP of one step and S of the next before it computes P, so that the tensor cores have work meanwhile;
+the other consumer fills what gaps are left. Other entries, which are few, are taken one by one.
 """
 
 from s2attn.kernels.hopper.names import copy_in, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -36,10 +36,10 @@ def load_row_tiles(q_of, dout_of, row, D: gl.constexpr, DV: gl.constexpr, STACK:
 
 @gluon.jit
 def make_ring(k_rows, v_rows, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr):
-    """STAGES tiles of keys and of values, each with a barrier for "loaded" and one for "let go by both consumers"."""
+    """STAGES tiles of keys and of values, with a barrier each for "loaded", and one for "let go by both consumers"."""
     k_ring = gl.allocate_shared_memory(k_rows.dtype, [STAGES, BLOCK_N, D], k_rows.layout)
     v_ring = gl.allocate_shared_memory(v_rows.dtype, [STAGES, BLOCK_N, DV], v_rows.layout)
-    return k_ring, v_ring, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 2)
+    return k_ring, v_ring, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
 
 
 @gluon.jit
@@ -54,17 +54,16 @@ def key_of(step, lists, walk, PER: gl.constexpr, BLOCK_N: gl.constexpr):
 @gluon.jit
 def dq_producer(k_rows, v_rows, ring, lists, walk, STAGES: gl.constexpr, PER: gl.constexpr, BLOCK_N: gl.constexpr):
     """Load keys and values of every step; the token of the next step is looked up before this one waits."""
-    k_ring, v_ring, k_ready, v_ready, k_empty, v_empty = ring
+    k_ring, v_ring, k_ready, v_ready, empty = ring
     steps = walk[0] + walk[1]
     if steps > 0:
         key = key_of(0, lists, walk, PER, BLOCK_N)
         for step in range(steps):
             following = key_of(gl.minimum(step + 1, steps - 1), lists, walk, PER, BLOCK_N)
             stage, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(k_ready.index(stage), k_rows.block_type.nbytes)
             copy_in(k_rows, [key, 0], k_ready.index(stage), k_ring.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_ready.index(stage), v_rows.block_type.nbytes)
             copy_in(v_rows, [key, 0], v_ready.index(stage), v_ring.index(stage))
             key = following
@@ -99,7 +98,6 @@ def dq_full(dq, q_smem, dout_smem, ring, steps, rows, scaling, zeros, operand: g
         following = start_scores(q_smem, ring, 0, step + 1, zeros, STAGES)
         p, logits = probabilities(s, minus_lse_log2[:, None], factor, cap_log2, True, CAPPED, False)
         dp = warpgroup_mma_wait(1, deps=[dp])
-        mbarrier.arrive(ring[5].index(step % STAGES), count=1)
         total = fold_scores(dq, product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED), ring, step, operand, STAGES)
         s = warpgroup_mma_wait(1, deps=[following])
         dq = warpgroup_mma_wait(0, deps=[total])
@@ -113,7 +111,6 @@ def dq_full(dq, q_smem, dout_smem, ring, steps, rows, scaling, zeros, operand: g
 def last_of_step(dq, p, dp, logits, delta, cap_log2, ring, step, operand: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr):
     """What is left of a step when P is known and dP is the only product in flight; its tiles are let go."""
     dp = warpgroup_mma_wait(0, deps=[dp])
-    mbarrier.arrive(ring[5].index(step % STAGES), count=1)
     total = fold_scores(dq, product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED), ring, step, operand, STAGES)
     dq = warpgroup_mma_wait(0, deps=[total])
     mbarrier.arrive(ring[4].index(step % STAGES), count=1)
@@ -137,9 +134,8 @@ def dq_others(
         code = gl.load(codes_ptr + i // PER * F)
         if code == ABSENT:
             mbarrier.wait(ring[2].index(stage), phase)
-            mbarrier.arrive(ring[4].index(stage), count=1)
             mbarrier.wait(ring[3].index(stage), phase)
-            mbarrier.arrive(ring[5].index(stage), count=1)
+            mbarrier.arrive(ring[4].index(stage), count=1)
         else:
             # A block that the other row of the group does not see in full may be full for this one: no words, all ones.
             first = words_ptr + gl.maximum(code, 0).to(gl.int64) * (RB * RB // WORD) + i % PER * (BLOCK_N // WORD)
