@@ -170,7 +170,7 @@ class Memory:
     def _inside(self, offset: np.ndarray, what: str) -> torch.Tensor:
         if offset.size and (offset.min() < 0 or offset.max() >= len(self.flat)):
             raise ProtocolError(f"{what} of {self.name} at {offset.min()} .. {offset.max()}, outside its {len(self.flat)} elements")
-        return torch.from_numpy(np.ascontiguousarray(offset, dtype=np.int64))
+        return torch.from_numpy(np.array(offset, dtype=np.int64))
 
     def read(self, offset: np.ndarray) -> np.ndarray:
         found = self.flat[self._inside(offset, "a read")]
