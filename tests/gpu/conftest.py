@@ -92,7 +92,7 @@ def special(device: torch.device) -> Triton:
     """The backend with warp-specialised kernels wherever they can serve."""
     if ON_GPU and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("warps are specialised on Hopper alone")
-    return Triton(lambda *given: replace(find_tiles(*given), specialised=True))
+    return Triton(lambda *given: replace(find_tiles(*given), form="specialised"))
 
 
 @pytest.fixture(params=["bf16", "fp16", "fp32"])

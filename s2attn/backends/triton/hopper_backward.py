@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s2attn.backends.base import Scoring
 from s2attn.backends.triton.launch import factors, join_slots, workspace
-from s2attn.backends.triton.specialised import form_objections, list_ends, places_of, scratch_memory
+from s2attn.backends.triton.specialised import form_objections, ends_of, places_of, scratch_memory
 from s2attn.backends.triton.start import Call, on_device, start
 from s2attn.backends.triton.tiles import SHARED_MEMORY
 from s2attn.backends.triton.walk import Walk
@@ -127,7 +127,7 @@ def hopper_way(op: str, form: HopperForm, layout: Layout, walk: Walk) -> HopperW
     lines, listed = (layout.k_spans, layout.q_spans) if op == "dkv" else (layout.q_spans, layout.k_spans)
     words = mask_words(layout.tiles.transpose(1, 2) if op == "dkv" else layout.tiles)
     token_of = places_of(layout.q_spans, layout.block, layout.seqlen_q)
-    return HopperWay(op, form, layout.block, walk, words, list_ends(walk, lines, listed), token_of)
+    return HopperWay(op, form, layout.block, walk, words, ends_of(walk, lines, listed), token_of)
 
 
 def hopper_dq(

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from s2attn.backends.triton.tiles import SMALLEST, Tiles
+from s2attn.backends.triton.tiles import FORMS, SMALLEST, Tiles
 from s2attn.core import bad_value
 
 SCHEMA = 1
@@ -95,6 +95,8 @@ def _row(row: dict[str, Any]) -> tuple[Situation, Tiles]:
         raise bad_value("tiles", f"must have powers of two, at least {SMALLEST} tokens", row["tiles"])
     if tiles.num_stages < 1 or tiles.key_range < 0:
         raise bad_value("tiles", "must have at least one stage, and no negative key range", row["tiles"])
+    if tiles.form not in FORMS:
+        raise bad_value("form", f"must be one of {', '.join(FORMS)}", tiles.form)
     return situation, tiles
 
 

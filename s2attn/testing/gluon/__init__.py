@@ -60,8 +60,7 @@ def run_gluon(kernel: Any, grid: tuple[int, ...], *args: Any, seed: int = 0, **c
     Raises:
         ProtocolError: the kernel broke a rule, in words that name the partition and the memory.
     """
-    names = kernel.arg_names
-    given = [argument(name, value) for name, value in zip(names, args, strict=False)]
+    given = [argument(param.name, value, param.annotation_type) for param, value in zip(kernel.params, args, strict=False)]
     whole = (*grid, 1, 1)[:3]
     programs = list(product(*(range(n) for n in whole)))
     turn = random.Random(seed)

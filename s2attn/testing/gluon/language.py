@@ -88,6 +88,12 @@ def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
 
+def _moved(asm: str, args: Sequence[Any], dtype: Any) -> Value:
+    if not asm.startswith("mov.") or len(args) != 1:
+        raise ProtocolError(f"the runner knows no assembly but a move: {asm}")
+    return value_of(args[0]).to(dtype)
+
+
 def _fma(a: Any, b: Any, c: Any) -> Value:
     return value_of(a) * b + c
 
@@ -112,6 +118,7 @@ _PURE: dict[str, Any] = {
     "broadcast": lambda a, b: tuple(Value(x, v.dtype) for x, v in zip(np.broadcast_arrays(a.array, b.array), (a, b), strict=True)),
     "permute": lambda x, order: Value(x.array.transpose(tuple(order)), x.dtype), "trans": lambda x: Value(x.array.T, x.dtype),
     "reshape": lambda x, shape: Value(x.array.reshape(tuple(shape)), x.dtype),
+    "inline_asm_elementwise": lambda asm, constraints, args, dtype, **_: _moved(asm, args, dtype),
     "load": lambda pointer, mask=None, other=None, **_: load(pointer, mask, other),
     "store": lambda pointer, value, mask=None, **_: store(pointer, value, mask),
 }  # fmt: skip

@@ -83,10 +83,15 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in inner))
 
 
-def argument(name: str, given: Any) -> Any:
-    """A kernel's argument as it sees it: tensors become pointers, numbers scalars; descriptors of the host and constants stay."""
+_INTEGERS = {"i32": gl.int32, "i64": gl.int64}
+
+
+def argument(name: str, given: Any, declared: str | None) -> Any:
+    """A kernel's argument as it sees it: tensors become pointers, numbers scalars of the type that is declared, if any."""
     if isinstance(given, torch.Tensor):
         return Pointer(Memory(name, given))
     if hasattr(given, "base") and hasattr(given, "block_shape"):
         return Descriptor(Pointer(Memory(name, given.base)), given.shape, given.strides, given.block_shape, given.layout)
+    if isinstance(given, int) and declared in _INTEGERS:
+        return Value(given, _INTEGERS[declared])
     return given if isinstance(given, (Value, Pointer, Descriptor)) or given is None else value_of(given)
