@@ -11,10 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from s2attn.backends.triton.hopper_backward import HopperForm, choose_hopper_form
+from s2attn.backends.triton.hopper_backward import choose_column_form, choose_dq_form
 from s2attn.testing.compiling import Compiled, signature
 
-_OTHER_TYPES = {"words_ptr": "*i32", "numbers_ptr": "*fp32"}
+_OTHER_TYPES = {
+    "work_ptr": "*i64", "bits_ptr": "*i64", "keys_ptr": "*i32", "listed_ptr": "*i32", "codes_ptr": "*i32", "numbers_ptr": "*fp32",
+    **dict.fromkeys(("items", "batches", "key_tokens"), "i32"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,7 @@ class CompiledGluon(Compiled):
 
 
 def compile_hopper(
-    op: str, dtype: str, dim: int, block: int, shared_heads: int, *, dim_v: int | None = None, capped: bool = False,
-    form: HopperForm | None = None,
+    op: str, dtype: str, dim: int, block: int, shared_heads: int, *, dim_v: int | None = None, capped: bool = False, packed: bool = False
 ) -> CompiledGluon:  # fmt: skip
     """Compile a Hopper kernel for sm_90 in the form that a launch would choose.
 
@@ -50,17 +52,16 @@ def compile_hopper(
         dim, dim_v: head widths, 64 or 128.
         block: tokens per block of the layout, 64 or more.
         shared_heads: neighbouring query heads that share keys and lists.
-        capped: with a soft-cap of the logits.
-        form: a form to try instead.
+        capped, packed: with a soft-cap of the logits, over packed sequences.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     dim_v = dim if dim_v is None else dim_v
-    form = form or choose_hopper_form(op, dim, dim_v, block, shared_heads, capped)
+    form = choose_dq_form(dim, dim_v, block, shared_heads) if op == "dq" else choose_column_form(dim, dim_v, block, capped)
     kernel = getattr(import_module(f"s2attn.kernels.hopper.{op}"), f"hopper_{op}_kernel")
-    constants: dict[str, Any] = {"D": dim, "DV": dim_v, "CAPPED": capped, **form.constants(op, block)}
+    constants: dict[str, Any] = {"D": dim, "DV": dim_v, "CAPPED": capped, "PACKED": packed, **form.constants(block)}
     types, constants = signature(kernel, dtype, constants)
     types |= {name: kind for name, kind in _OTHER_TYPES.items() if name in types}
     aligned = [i for i, (n, kind) in enumerate(types.items()) if kind.startswith("*") or (kind == "i64" and not n.startswith("lse_"))]

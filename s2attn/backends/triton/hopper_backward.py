@@ -1,98 +1,129 @@
-"""Launches of dq and dkv in the Hopper form, and what they read beside a walk: mask tiles as words, lse and delta by block."""
+"""Launches of dq and dkv for Hopper; dq reads of a layout what the forward kernel reads, dkv the same by columns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2attn.backends.base import Scoring
+from s2attn.backends.triton.hopper import MOST_STAGES, HopperForm, HopperWay, can_copy, mask_words, programs_of
 from s2attn.backends.triton.launch import factors, join_slots, workspace
-from s2attn.backends.triton.specialised import form_objections, ends_of, places_of, scratch_memory
+from s2attn.backends.triton.specialised import TALL, ends_of, places_of, scratch_memory
 from s2attn.backends.triton.start import Call, on_device, start
 from s2attn.backends.triton.tiles import SHARED_MEMORY
 from s2attn.backends.triton.walk import Walk
 from s2attn.layout import Layout
 
-CONSUMER_ROWS = 64
-"""Rows of one consumer warpgroup; there are two."""
-MOST_STAGES = 6
-"""More tiles ahead than this hide no more of a load."""
 KEPT_FREE = 2048
-"""Bytes of shared memory for barriers and for what the compiler hands to the warpgroups."""
+"""Bytes of shared memory for barriers, and for what the compiler hands to the warp groups."""
+
+
+def choose_dq_form(dim: int, dim_v: int, block: int, shared_heads: int) -> HopperForm:
+    """The form of the dq kernel for such widths (64 or 128), blocks (64 or more) and query heads that share keys and lists.
+
+    >>> choose_dq_form(128, 128, 64, 4)
+    HopperForm(stack=2, listed_tokens=64, ring=3, line_ring=2)
+    """
+    stack = 2 if block < TALL and shared_heads % 2 == 0 else 1
+    both, listed = 2 * (dim + dim_v), 64  # bytes of a row of q and dout, or of k and v
+    room = SHARED_MEMORY["sm_90"] - KEPT_FREE - 2 * TALL * both
+    return HopperForm(stack, listed, min(room // (listed * both), MOST_STAGES))
 
 
 @dataclass(frozen=True)
-class HopperForm:
-    """How the two consumers divide a line, how many listed tokens a stage has, and how many stages there are.
+class ColumnForm:
+    """How the consumers of dkv share a column, and what a program keeps in shared memory.
 
-    ``line_tokens`` of a line's axis make one program's tile, for ``stack`` query heads (dq). In dkv 64 means that both consumers hold the
-    same keys and take the stages in turns; 128 that each has 64 keys and both read every stage.
+    Attributes:
+        keys: of an item: 64, which both consumers hold and whose tiles they take in turns, or 128, of which each has a half.
+        listed_tokens: of a tile of queries.
+        ring: tiles of q and dout that are loaded ahead; an even number where consumers take turns.
+        line_ring: items whose keys are loaded ahead.
     """
 
-    line_tokens: int
-    stack: int
+    keys: int
     listed_tokens: int
-    stages: int
+    ring: int
+    line_ring: int = 2
 
     def factor(self, block: int) -> int:
-        """Blocks of the lines' axis that share a tile's list."""
-        return max(1, self.line_tokens // block)
+        """Blocks of keys that share an item's list: one."""
+        return max(1, self.keys // block)
 
     def per_block(self, block: int) -> int:
-        """Tiles in one block of the lines' axis."""
-        return max(1, block // self.line_tokens)
+        """Items in one block of keys."""
+        return max(1, block // self.keys)
 
-    def constants(self, op: str, block: int) -> dict[str, int]:
+    def constants(self, block: int) -> dict[str, int]:
         """The compile-time numbers that make the form."""
-        shared = {"RB": block, "SUBS": self.per_block(block), "STAGES": self.stages}
-        if op == "dkv":
-            return {"KEYS": self.line_tokens, "BLOCK_M": self.listed_tokens, **shared}
-        return {"STACK": self.stack, "BLOCK_N": self.listed_tokens, "F": self.factor(block), **shared}
+        return {
+            "KEYS": self.keys, "BLOCK_M": self.listed_tokens, "RB": block, "SUBS": self.per_block(block), "RING": self.ring,
+            "K_RING": self.line_ring,
+        }  # fmt: skip
 
 
-def choose_hopper_form(op: str, dim: int, dim_v: int, block: int, shared_heads: int, capped: bool = False) -> HopperForm:
-    """The form of "dq" or "dkv" for heads of ``dim`` and ``dim_v`` (64 or 128): what does not spill, and all stages that fit.
+def choose_column_form(dim: int, dim_v: int, block: int, capped: bool = False) -> ColumnForm:
+    """The form of the dkv kernel for such widths (64 or 128) and blocks (64 or more): what does not spill, and all stages that fit.
 
-    Query blocks of 64 are stacked by heads where an even number of neighbouring query heads, ``shared_heads``, shares keys and lists.
-    ``capped``: with a soft-cap, whose arithmetic needs registers too.
+    ``capped``: with a soft-cap, whose arithmetic needs registers.
 
-    >>> choose_hopper_form("dq", 128, 128, 64, 4)
-    HopperForm(line_tokens=64, stack=2, listed_tokens=64, stages=5)
-    >>> choose_hopper_form("dkv", 128, 128, 64, 4)
-    HopperForm(line_tokens=64, stack=1, listed_tokens=32, stages=6)
+    >>> choose_column_form(128, 128, 64)
+    ColumnForm(keys=64, listed_tokens=32, ring=4, line_ring=2)
+    >>> choose_column_form(64, 64, 128)
+    ColumnForm(keys=128, listed_tokens=64, ring=6, line_ring=2)
     """
-    both = 2 * (dim + dim_v)  # bytes of one row of two operands
-    if op == "dkv":
-        wide = max(dim, dim_v) > 64
-        stack, line_tokens, listed = 1, CONSUMER_ROWS if wide and capped else min(block, 2 * CONSUMER_ROWS), 32 if wide else 64
-        fixed = line_tokens * both + (CONSUMER_ROWS * 2 * both if line_tokens == CONSUMER_ROWS else 0)
-    else:
-        stack = 2 if block < 2 * CONSUMER_ROWS and shared_heads % 2 == 0 else 1
-        line_tokens, listed, fixed = 2 * CONSUMER_ROWS // stack, 64, 2 * CONSUMER_ROWS * both
-    room = SHARED_MEMORY["sm_90"] - KEPT_FREE - fixed
-    stages = min(MOST_STAGES, room // (listed * both))
-    if op == "dkv" and line_tokens == CONSUMER_ROWS:
-        stages -= stages % 2  # each stage belongs to one consumer
-    return HopperForm(line_tokens, stack, listed, stages)
+    wide, both = max(dim, dim_v) > 64, 2 * (dim + dim_v)
+    keys, listed = min(block, TALL), 32 if wide or capped else 64
+    sums = 2 * TALL // 2 * both if keys < TALL else 16 * both
+    room = SHARED_MEMORY["sm_90"] - KEPT_FREE - 2 * keys * both - sums
+    ring = min(room // (listed * (both + 8)), MOST_STAGES)
+    return ColumnForm(keys, listed, ring - ring % (TALL // keys))
 
 
-def hopper_objections(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> list[str]:
-    """Every reason why the Hopper kernel of ``op`` cannot serve such tensors and this layout, wherever they lie."""
-    # A soft-cap is no reason: the form makes room for it.
-    return form_objections(op, q, k, v, layout, replace(scoring, softcap=None))
+@dataclass(eq=False)
+class HopperColumns:
+    """What the Hopper dkv kernel needs of one layout.
 
-
-def mask_words(tiles: Tensor) -> Tensor:
-    """bool mask tiles ``(n, lines, listed)`` as int32 words along the listed axis: bit i of a word is its pair i.
-
-    >>> mask_words(torch.tensor([[[True, True, False, True] + [False] * 28]])).tolist()
-    [[[11]]]
+    Attributes:
+        form: of its items; ``block`` that of the layout; ``walk`` over its columns, of which long ones are cut.
+        work: int64 ``(pieces, 12)``, longest first; the kernel says what is in it.
+        listed: int32 ``(entries, 2)``, the first token of each listed block, and its first place by block.
+        codes: int32, the mask tile of each other entry.
+        bits: int64, the mask tiles by key, queries in words.
+        token_of: `places_of` the queries.
+        packed: whether queries may end before the tensor does.
     """
-    bits = tiles.unflatten(-1, (-1, 32)).int() << torch.arange(32, dtype=torch.int32, device=tiles.device)
-    return bits.sum(-1, dtype=torch.int32)
+
+    form: ColumnForm
+    block: int
+    walk: Walk
+    work: Tensor
+    listed: Tensor
+    codes: Tensor
+    bits: Tensor
+    token_of: Tensor
+    packed: bool
+    lost: bool = False
+
+
+def hopper_columns(form: ColumnForm, layout: Layout, walk: Walk, kv_heads: int) -> HopperColumns:
+    """Make what the dkv kernel needs beside its walk over the columns of ``layout``, each a line of its own."""
+    g = walk.groups
+    item, *intervals, slot = walk.pieces.long().unbind(1)
+    kv_head, line = item // walk.lines, item % walk.lines
+    head = kv_head * g.heads // kv_heads
+    columns = (
+        kv_head, walk.line_start[line], walk.line_length[line], g.ptr[head, line], *intervals, g.full[head, line], g.sub_ptr[head, line],
+        ends_of(walk, layout.k_spans, layout.q_spans)[line], slot,
+    )  # fmt: skip
+    work = torch.stack([column.long() for column in columns], dim=1).contiguous()
+    listed = torch.stack([walk.start[g.idx.long()].int(), g.idx.int() * layout.block], dim=1).contiguous()
+    token_of = places_of(layout.q_spans, layout.block, layout.seqlen_q)
+    bits = mask_words(layout.tiles.transpose(1, 2))
+    return HopperColumns(form, layout.block, walk, work, listed, g.sub.flatten(), bits, token_of, layout.packed)
 
 
 def numbers_by_block(lse: Tensor, delta: Tensor, token_of: Tensor) -> Tensor:
@@ -101,98 +132,68 @@ def numbers_by_block(lse: Tensor, delta: Tensor, token_of: Tensor) -> Tensor:
     return torch.cat([torch.stack([lse, delta]), absent], dim=-1).index_select(-1, token_of)
 
 
-@dataclass(eq=False)
-class HopperWay:
-    """What one Hopper kernel needs of one layout.
-
-    Attributes:
-        op: "dq" or "dkv"; ``form`` that of its tiles; ``block`` that of the layout.
-        walk: the lists.
-        words: the mask tiles of `mask_words`.
-        end: the first token after the listed axis of each line's sequence.
-        token_of: `places_of` the queries.
-    """
-
-    op: str
-    form: HopperForm
-    block: int
-    walk: Walk
-    words: Tensor
-    end: Tensor
-    token_of: Tensor
-
-
-def hopper_way(op: str, form: HopperForm, layout: Layout, walk: Walk) -> HopperWay:
-    """Make what a Hopper kernel needs beside its walk over ``layout``, in groups of ``form.factor(layout.block)``."""
-    lines, listed = (layout.k_spans, layout.q_spans) if op == "dkv" else (layout.q_spans, layout.k_spans)
-    words = mask_words(layout.tiles.transpose(1, 2) if op == "dkv" else layout.tiles)
-    token_of = places_of(layout.q_spans, layout.block, layout.seqlen_q)
-    return HopperWay(op, form, layout.block, walk, words, ends_of(walk, lines, listed), token_of)
+def copyable(dout: Tensor) -> Tensor:
+    """A gradient that descriptors can read: that of a sum is one number expanded, and any may begin at an odd address."""
+    return dout if can_copy(dout) else dout.clone(memory_format=torch.contiguous_format)
 
 
 def hopper_dq(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, way: HopperWay, scoring: Scoring
 ) -> Tensor:  # fmt: skip
-    """Run the Hopper dq kernel, and join the lists that were cut; ``lse`` and ``delta`` by query."""
+    """Run the Hopper dq kernel; ``lse`` and ``delta`` by query."""
     from s2attn.kernels.hopper.dq import hopper_dq_kernel
 
-    batch, heads, walk, form = q.shape[0], q.shape[2], way.walk, way.form
-    layout_heads, subs, shared = walk.groups.heads, form.per_block(way.block), heads // walk.groups.heads
-    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    parts = workspace(lse, batch * walk.slots * shared * subs * form.line_tokens, q.shape[-1])
+    batch, seqlen, heads, _ = q.shape
+    dout, result = copyable(dout), torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
     def describe() -> Call:
-        counts = (walk.slots, walk.lines, heads, k.shape[2], layout_heads, q.shape[1])
+        stacks = heads // way.walk.groups.heads // way.form.stack
+        items = way.work.shape[0] * way.form.per_block(way.block) * stacks * batch
+        numbers = (scoring.scale, *factors(scoring), items, batch, heads, k.shape[2], way.walk.groups.heads, seqlen, k.shape[1])
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *result.stride()[:3], *lse.stride()[:2])
-        grid = (walk.pieces.shape[0] * subs * (shared // form.stack), batch, 1)
-        return Call(grid, (*_lists(way), scoring.scale, *factors(scoring), *counts, *strides), _constants(q, v, way, scoring))
+        grid = (min(items, programs_of(way.work.device.index or 0)), 1, 1)
+        return Call(grid, (*way.lists, *numbers, *strides), _constants(q, v, way, scoring))
 
-    with on_device(q):
-        with scratch_memory(q.device):
-            start(hopper_dq_kernel, (q, k, v, dout, lse, delta, result, *parts), walk.starts, _key(way, scoring, q, k, v, dout), describe)
-        join_slots(parts[0], result, walk, form.line_tokens, subs, heads, layout_heads, scoring.scale)
+    with on_device(q), scratch_memory(q.device):
+        pointers = (q, k, v, dout, lse, delta, result)
+        start(hopper_dq_kernel, pointers, way.walk.starts, _key("dq", way, scoring, q, k, v, dout), describe)
     return result
 
 
 def hopper_dkv(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, way: HopperWay, scoring: Scoring
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, way: HopperColumns, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Run the Hopper dk and dv kernel, and join the lists that were cut; ``lse`` and ``delta`` by query."""
     from s2attn.kernels.hopper.dkv import hopper_dkv_kernel
 
-    batch, kv_heads, walk, form = q.shape[0], k.shape[2], way.walk, way.form
-    subs = form.per_block(way.block)
+    batch, kv_heads, walk, keys, subs = q.shape[0], k.shape[2], way.walk, way.form.keys, way.form.per_block(way.block)
+    dout, numbers = copyable(dout), numbers_by_block(lse, delta, way.token_of)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    numbers = numbers_by_block(lse, delta, way.token_of)
-    parts = workspace(lse, batch * walk.slots * subs * form.line_tokens, q.shape[-1], v.shape[-1])
+    parts = workspace(lse, batch * walk.slots * subs * keys, q.shape[-1], v.shape[-1])
 
     def describe() -> Call:
-        counts = (walk.slots, walk.lines, q.shape[2], kv_heads, walk.groups.heads, k.shape[1], numbers.shape[-1])
+        items = way.work.shape[0] * subs * batch
+        counts = (items, batch, q.shape[2], kv_heads, q.shape[1], k.shape[1], numbers.shape[-1], walk.slots)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3])
-        grid = (walk.pieces.shape[0] * subs, batch, 1)
-        return Call(grid, (*_lists(way), scoring.scale, *factors(scoring), *counts, *strides), _constants(q, v, way, scoring))
+        lists = (way.work, way.listed, way.codes, way.bits)
+        grid = (min(items, programs_of(way.work.device.index or 0)), 1, 1)
+        return Call(grid, (*lists, scoring.scale, *factors(scoring), *counts, *strides), _constants(q, v, way, scoring))
 
     with on_device(q):
         with scratch_memory(q.device):
             pointers = (q, k, v, dout, numbers, dk, dv, *parts)
-            start(hopper_dkv_kernel, pointers, walk.starts, _key(way, scoring, q, k, v, dout), describe)
-        join_slots(parts[0], dk, walk, form.line_tokens, subs, kv_heads, kv_heads, scoring.scale)
-        join_slots(parts[1], dv, walk, form.line_tokens, subs, kv_heads, kv_heads, 1.0)
+            start(hopper_dkv_kernel, pointers, walk.starts, _key("dkv", way, scoring, q, k, v, dout), describe)
+        join_slots(parts[0], dk, walk, keys, subs, kv_heads, kv_heads, scoring.scale)
+        join_slots(parts[1], dv, walk, keys, subs, kv_heads, kv_heads, 1.0)
     return dk, dv
 
 
-def _lists(way: HopperWay) -> tuple[Tensor, ...]:
-    """The layout's tensors in the kernels' order."""
-    walk, g = way.walk, way.walk.groups
-    return walk.pieces, walk.line_start, walk.line_length, g.ptr, g.full, g.sub_ptr, g.idx, g.sub, way.words, walk.start, way.end
+def _constants(q: Tensor, v: Tensor, way: HopperWay | HopperColumns, scoring: Scoring) -> dict[str, Any]:
+    flags = {"CAPPED": scoring.softcap is not None, "PACKED": way.packed, "num_warps": 4}
+    return {"D": q.shape[-1], "DV": v.shape[-1], **way.form.constants(way.block), **flags}
 
 
-def _constants(q: Tensor, v: Tensor, way: HopperWay, scoring: Scoring) -> dict[str, Any]:
-    capped = {"CAPPED": scoring.softcap is not None, "num_warps": 4}
-    return {"D": q.shape[-1], "DV": v.shape[-1], **way.form.constants(way.op, way.block), **capped}
-
-
-def _key(way: HopperWay, scoring: Scoring, *tensors: Tensor) -> tuple:
+def _key(op: str, way: HopperWay | HopperColumns, scoring: Scoring, *tensors: Tensor) -> tuple:
     """All that a call depends on besides the layout and the addresses."""
     shapes = tuple((x.shape, x.stride()) for x in tensors)
-    return "hopper", way.op, way.form, tensors[0].dtype, shapes, scoring.scale, scoring.softcap
+    return "hopper", op, way.form, tensors[0].dtype, shapes, scoring.scale, scoring.softcap

@@ -1,238 +1,274 @@
-"""dq on Hopper: a producer warp walks a row's list, two consumer warpgroups hold 64 query rows each and read the same keys.
+"""dq for Hopper: one program takes two tiles of 64 query rows at a time and goes on to its next two when they are done.
 
-The two consumers have the same 64 tokens of two query heads with one list (``STACK = 2``), the halves of 128 rows of one block
-(``RB >= 128``), or two neighbouring query blocks over the union of their lists (``F = 2``). Only in the last form can an entry be absent
-for a consumer: it waits for the tiles and lets them go. It must wait, or it could let go of one stage twice before the other does so once.
+The two consumers have the same 64 tokens of two query heads with one list, the halves of 128 rows of one block, or two neighbouring query
+blocks over the union of their lists. Only in the last form can an entry be absent for a consumer: it waits for the tiles and lets them go.
 
 Over full entries a consumer asks for dP of one step and S of the next before it computes P, so that the tensor cores have work meanwhile;
 the other consumer fills what gaps are left. Other entries, which are few, are taken one by one.
 """
 
-from s2attn.kernels.hopper.names import copy_in, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from s2attn.kernels.hopper.parts import ROWS, WORD, allowed_bits, barriers, probabilities, rows_of_heads, store_rows
+from s2attn.kernels.hopper.names import (
+    copy_in,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from s2attn.kernels.hopper.parts import ROWS, barriers, landed, probabilities, store_rows
+from s2attn.kernels.hopper.pieces import ABSENT, advance, allowed_keys, in_turn, kept_here, read_work, rows_of
 from s2attn.kernels.pieces.scores import LOG2E, product_gradient
-from s2attn.kernels.pieces.work import find_list, program_of, read_piece, slot_rows
-
-ABSENT: gl.constexpr = gl.constexpr(-2)
 
 
 @gluon.jit
-def load_row_tiles(q_of, dout_of, row, D: gl.constexpr, DV: gl.constexpr, STACK: gl.constexpr):
-    """Ask for the rows of q and dout of both consumers: two tiles of each, and the barrier that says that all are there."""
-    q_rows = rows_of_heads(q_of, STACK, ROWS, D)
-    dout_rows = rows_of_heads(dout_of, STACK, ROWS, DV)
-    q_tiles = gl.allocate_shared_memory(q_rows.dtype, [2, ROWS, D], q_rows.layout)
-    dout_tiles = gl.allocate_shared_memory(dout_rows.dtype, [2, ROWS, DV], dout_rows.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    fence_async_shared()
-    mbarrier.expect(ready, 2 * q_rows.block_type.nbytes + 2 * dout_rows.block_type.nbytes)
-    for i in gl.static_range(2):
-        below, member = i * ROWS * (2 - STACK), i * (STACK - 1)
-        copy_in(q_rows, [row + below, (member * q_of[3]).to(gl.int32)], ready, q_tiles.index(i))
-        copy_in(dout_rows, [row + below, (member * dout_of[3]).to(gl.int32)], ready, dout_tiles.index(i))
-    return q_tiles, dout_tiles, ready
+def load_dq(
+    pointers, strides, work_ptr, keys_ptr, extents, rings, bars,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    RING: gl.constexpr, Q_RING: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The producer: q and dout of both consumers, then keys and values of every listed tile.
 
-
-@gluon.jit
-def make_ring(k_rows, v_rows, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr):
-    """STAGES tiles of keys and of values, with a barrier each for "loaded", and one for "let go by both consumers"."""
-    k_ring = gl.allocate_shared_memory(k_rows.dtype, [STAGES, BLOCK_N, D], k_rows.layout)
-    v_ring = gl.allocate_shared_memory(v_rows.dtype, [STAGES, BLOCK_N, DV], v_rows.layout)
-    return k_ring, v_ring, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
-
-
-@gluon.jit
-def key_of(step, lists, walk, PER: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The first key token of a step of the flat walk: full entries, then the others."""
-    list_ptr, key_start_ptr = lists
-    full_steps, _, to_full, to_other = walk
-    at = step + gl.where(step < full_steps, to_full, to_other)
-    return gl.load(key_start_ptr + gl.load(list_ptr + at // PER)) + at % PER * BLOCK_N
-
-
-@gluon.jit
-def dq_producer(k_rows, v_rows, ring, lists, walk, STAGES: gl.constexpr, PER: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Load keys and values of every step; the token of the next step is looked up before this one waits."""
-    k_ring, v_ring, k_ready, v_ready, empty = ring
-    steps = walk[0] + walk[1]
-    if steps > 0:
-        key = key_of(0, lists, walk, PER, BLOCK_N)
-        for step in range(steps):
-            following = key_of(gl.minimum(step + 1, steps - 1), lists, walk, PER, BLOCK_N)
-            stage, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_ready.index(stage), k_rows.block_type.nbytes)
-            copy_in(k_rows, [key, 0], k_ready.index(stage), k_ring.index(stage))
-            mbarrier.expect(v_ready.index(stage), v_rows.block_type.nbytes)
-            copy_in(v_rows, [key, 0], v_ready.index(stage), v_ring.index(stage))
-            key = following
-
-
-@gluon.jit
-def start_scores(tile, ring, of, step, zeros, STAGES: gl.constexpr):
-    """Start S (``of = 0``: q and keys) or dP (1: dout and values) of one step as soon as its tile is there."""
-    stage, phase = step % STAGES, step // STAGES & 1
-    mbarrier.wait(ring[2 + of].index(stage), phase)
-    return warpgroup_mma(tile, ring[of].index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def fold_scores(dq, ds, ring, step, operand: gl.constexpr, STAGES: gl.constexpr):
-    """Start ``dS k`` of one step on top of dq."""
-    k_ring = ring[0]
-    return warpgroup_mma(gl.convert_layout(ds.to(k_ring.dtype), operand), k_ring.index(step % STAGES), dq, is_async=True)
-
-
-@gluon.jit
-def dq_full(dq, q_smem, dout_smem, ring, steps, rows, scaling, zeros, operand: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr):
-    """Fold every full step into dq: while P of one step is computed, its dP and S of the next are under way.
-
-    Nothing is in flight from one round of the loop to the next: the assembler would wait after every product.
+    The token of the next tile is looked up before this one waits for its place.
     """
+    q_ptr, k_ptr, v_ptr, dout_ptr = pointers
+    q_strides, k_strides, v_strides, dout_strides = strides
+    items, batches, num_heads, num_kv_heads, layout_heads, tokens, key_tokens = extents
+    q_ring, dout_ring, k_ring, v_ring = rings
+    rows_ready, rows_empty, k_ready, v_ready, empty = bars
+    PER: gl.constexpr = RB // BLOCK_N
+    shared = num_heads // layout_heads
+    q_layout: gl.constexpr = q_ring.layout
+    dout_layout: gl.constexpr = dout_ring.layout
+    k_layout: gl.constexpr = k_ring.layout
+    v_layout: gl.constexpr = v_ring.layout
+    q_rows = rows_of(q_ptr, (batches, num_heads, tokens), q_strides, ROWS, D, q_layout)
+    dout_rows = rows_of(dout_ptr, (batches, num_heads, tokens), dout_strides, ROWS, DV, dout_layout)
+    if not PACKED:
+        k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_tokens), k_strides, BLOCK_N, D, k_layout)
+        v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_tokens), v_strides, BLOCK_N, DV, v_layout)
+    stage, phase, turn, turn_phase = 0, 1, 0, 1
+    step = gl.program_id(0)
+    while step < items:
+        batch, member, tile, at = read_work(in_turn(step, items), work_ptr, batches, shared // STACK, SUBS)
+        head = gl.load(at).to(gl.int32) * shared + member * STACK
+        row = gl.load(at + 1).to(gl.int32) + tile * (2 * ROWS // STACK)
+        list_ptr, tiles = keys_ptr + gl.load(at + 3), (gl.load(at + 4) + gl.load(at + 5)).to(gl.int32) * PER
+        kv_head = head // (num_heads // num_kv_heads)
+        if PACKED:
+            # Keys end with their own sequence, so that nothing of the next one is read. A descriptor has one place in memory: the copies
+            # through the old one must have landed.
+            landed(k_ready, stage, phase, RING)
+            landed(v_ready, stage, phase, RING)
+            key_end = gl.load(at + 7).to(gl.int32)
+            k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_end), k_strides, BLOCK_N, D, k_layout)
+            v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_end), v_strides, BLOCK_N, DV, v_layout)
+        for which in gl.static_range(2):
+            place, of_head, from_row = turn * 2 + which, head + which * (STACK - 1), row + which * ROWS * (2 - STACK)
+            mbarrier.wait(rows_empty.index(place), turn_phase)
+            mbarrier.expect(rows_ready.index(place), q_rows.block_type.nbytes + dout_rows.block_type.nbytes)
+            copy_in(q_rows, [batch, of_head, from_row, 0], rows_ready.index(place), q_ring.index(place))
+            copy_in(dout_rows, [batch, of_head, from_row, 0], rows_ready.index(place), dout_ring.index(place))
+        if tiles > 0:
+            key = gl.load(list_ptr)
+            for j in range(tiles):
+                after = gl.minimum(j + 1, tiles - 1)
+                following = gl.load(list_ptr + after // PER) + after % PER * BLOCK_N
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(k_ready.index(stage), k_rows.block_type.nbytes)
+                copy_in(k_rows, [batch, kv_head, key, 0], k_ready.index(stage), k_ring.index(stage))
+                mbarrier.expect(v_ready.index(stage), v_rows.block_type.nbytes)
+                copy_in(v_rows, [batch, kv_head, key, 0], v_ready.index(stage), v_ring.index(stage))
+                stage, phase = advance(stage, phase, RING)
+                key = following
+        turn, turn_phase = advance(turn, turn_phase, Q_RING)
+        step += gl.num_programs(0)
+
+
+@gluon.jit
+def start_scores(rows, own, ring, ready, stage, phase, zeros):
+    """Start S (of q and keys) or dP (of dout and values) of one tile as soon as it is there.
+
+    Where the rows lie is worked out anew: the addresses of a whole tile are more than the registers that hold them through a loop.
+    """
+    mbarrier.wait(ready.index(stage), phase)
+    own = kept_here(gl.to_tensor(own).to(gl.int64)).to(gl.int32)
+    tile = rows.index(own).reshape([rows.shape[3], rows.shape[4]])
+    listed = ring.index(stage).reshape([ring.shape[3], ring.shape[4]]).permute((1, 0))
+    return warpgroup_mma(tile, listed, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def fold_scores(dq, ds, k_ring, stage, OPERAND: gl.constexpr):
+    """Start ``dS k`` of one tile on top of dq."""
+    listed = k_ring.index(stage).reshape([k_ring.shape[3], k_ring.shape[4]])
+    return warpgroup_mma(gl.convert_layout(ds.to(k_ring.dtype), OPERAND), listed, dq, is_async=True)
+
+
+@gluon.jit
+def last_products(dq, p, logits, dp, delta, cap_log2, keys, stage, OPERAND: gl.constexpr, CAPPED: gl.constexpr):
+    """What is left of a tile when P is known and dP is the only product under way; it is let go."""
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    ds = product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED)
+    dq = warpgroup_mma_wait(0, deps=[fold_scores(dq, ds, keys[0], stage, OPERAND)])
+    mbarrier.arrive(keys[4].index(stage), count=1)
+    return dq
+
+
+@gluon.jit
+def fold_full(dq, row_rings, own, tiles, stage, phase, keys, rows, scores, zeros, OPERAND: gl.constexpr, RING: gl.constexpr,
+              CAPPED: gl.constexpr):  # fmt: skip
+    """Fold at least one tile that is seen in full: while P of one is computed, its dP and S of the next are under way.
+
+    Nothing is under way from one round of the loop to the next: the assembler would wait after every product.
+    """
+    q_ring, dout_ring = row_rings
+    k_ring, v_ring, k_ready, v_ready, empty = keys
     minus_lse_log2, delta = rows
-    factor, cap_log2 = scaling
-    s = warpgroup_mma_wait(0, deps=[start_scores(q_smem, ring, 0, 0, zeros, STAGES)])
-    for step in range(steps - 1):
-        dp = start_scores(dout_smem, ring, 1, step, zeros, STAGES)
-        following = start_scores(q_smem, ring, 0, step + 1, zeros, STAGES)
+    factor, cap_log2 = scores
+    s = warpgroup_mma_wait(0, deps=[start_scores(q_ring, own, k_ring, k_ready, stage, phase, zeros)])
+    for _ in range(tiles - 1):
+        dp = start_scores(dout_ring, own, v_ring, v_ready, stage, phase, zeros)
+        next_stage, phase = advance(stage, phase, RING)
+        following = start_scores(q_ring, own, k_ring, k_ready, next_stage, phase, zeros)
         p, logits = probabilities(s, minus_lse_log2[:, None], factor, cap_log2, True, CAPPED, False)
         dp = warpgroup_mma_wait(1, deps=[dp])
-        total = fold_scores(dq, product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED), ring, step, operand, STAGES)
-        s = warpgroup_mma_wait(1, deps=[following])
-        dq = warpgroup_mma_wait(0, deps=[total])
-        mbarrier.arrive(ring[4].index(step % STAGES), count=1)
-    dp = start_scores(dout_smem, ring, 1, steps - 1, zeros, STAGES)
+        ds = product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED)
+        folded = fold_scores(dq, ds, k_ring, stage, OPERAND)
+        s, dq = warpgroup_mma_wait(0, deps=[following, folded])
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage = next_stage
+    dp = start_scores(dout_ring, own, v_ring, v_ready, stage, phase, zeros)
     p, logits = probabilities(s, minus_lse_log2[:, None], factor, cap_log2, True, CAPPED, False)
-    return last_of_step(dq, p, dp, logits, delta, cap_log2, ring, steps - 1, operand, STAGES, CAPPED)
+    dq = last_products(dq, p, logits, dp, delta, cap_log2, keys, stage, OPERAND, CAPPED)
+    stage, phase = advance(stage, phase, RING)
+    return dq, stage, phase
 
 
 @gluon.jit
-def last_of_step(dq, p, dp, logits, delta, cap_log2, ring, step, operand: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr):
-    """What is left of a step when P is known and dP is the only product in flight; its tiles are let go."""
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    total = fold_scores(dq, product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED), ring, step, operand, STAGES)
-    dq = warpgroup_mma_wait(0, deps=[total])
-    mbarrier.arrive(ring[4].index(step % STAGES), count=1)
-    return dq
-
-
-@gluon.jit
-def dq_others(
-    dq, q_smem, dout_smem, ring, walk, rows, scaling, zeros, exists, codes_ptr, words_ptr,
-    operand: gl.constexpr, across_layout: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr, CAPPED: gl.constexpr,
+def fold_others(
+    dq, row_rings, own, tiles, code_ptr, bits_ptr, place, stage, phase, keys, rows, scores, zeros,
+    OF_PAIRS: gl.constexpr, OPERAND: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, RING: gl.constexpr, CODES: gl.constexpr,
+    CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """Fold the other entries into dq; ``words_ptr`` points to the words of this consumer's rows in mask tile 0."""
-    PER: gl.constexpr = RB // BLOCK_N
+    """Fold the other tiles, each by its code, every CODES-th from ``code_ptr`` on; ``place``: where the rows lie in their mask tiles."""
+    q_ring, dout_ring = row_rings
+    k_ring, v_ring, k_ready, v_ready, empty = keys
     minus_lse_log2, delta = rows
-    factor, cap_log2 = scaling
-    across = gl.arange(0, BLOCK_N, across_layout)
-    for i in range(walk[1]):
-        step = walk[0] + i
-        stage, phase = step % STAGES, step // STAGES & 1
-        code = gl.load(codes_ptr + i // PER * F)
+    factor, cap_log2 = scores
+    PER: gl.constexpr = RB // BLOCK_N
+    for j in range(tiles):
+        code = gl.load(code_ptr + j // PER * CODES)
         if code == ABSENT:
-            mbarrier.wait(ring[2].index(stage), phase)
-            mbarrier.wait(ring[3].index(stage), phase)
-            mbarrier.arrive(ring[4].index(stage), count=1)
+            # The other consumer wants this tile; waiting for it keeps this one from letting go of a stage twice before the other has once.
+            mbarrier.wait(k_ready.index(stage), phase)
+            mbarrier.wait(v_ready.index(stage), phase)
+            mbarrier.arrive(empty.index(stage), count=1)
         else:
-            # A block that the other row of the group does not see in full may be full for this one: no words, all ones.
-            first = words_ptr + gl.maximum(code, 0).to(gl.int64) * (RB * RB // WORD) + i % PER * (BLOCK_N // WORD)
-            allowed = allowed_bits(first, exists & (code >= 0), across, BLOCK_N)
-            s = start_scores(q_smem, ring, 0, step, zeros, STAGES)
-            dp = start_scores(dout_smem, ring, 1, step, zeros, STAGES)
+            words = j % PER * (BLOCK_N // 64)
+            allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, BLOCK_N, OF_PAIRS)
+            s = start_scores(q_ring, own, k_ring, k_ready, stage, phase, zeros)
+            dp = start_scores(dout_ring, own, v_ring, v_ready, stage, phase, zeros)
             s = warpgroup_mma_wait(1, deps=[s])
             p, logits = probabilities(s, minus_lse_log2[:, None], factor, cap_log2, allowed, CAPPED, True)
-            dq = last_of_step(dq, p, dp, logits, delta, cap_log2, ring, step, operand, STAGES, CAPPED)
-    return dq
+            dq = last_products(dq, p, logits, dp, delta, cap_log2, keys, stage, OPERAND, CAPPED)
+        stage, phase = advance(stage, phase, RING)
+    return dq, stage, phase
 
 
 @gluon.jit
-def dq_consumer(
-    which, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out,
-    STAGES: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr, D: gl.constexpr, CAPPED: gl.constexpr,
-    STACK: gl.constexpr,
+def fold_dq(
+    which, of_rows, lists, counts, scores, out, rows_in, keys,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    RING: gl.constexpr, Q_RING: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """dq of 64 rows: those of the first or of the second of the two tiles; ``out`` and ``row_of`` point to the first one's."""
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma_o, 2)
-    q_tiles, dout_tiles, rows_ready = row_tiles
-    lse_ptr, delta_ptr, lse_head, place, count = row_of
-    dq_ptr, dq_token, dq_head, scale, slot_ptr, slot_head, in_slot = out
-    head, below = which * (STACK - 1), which * ROWS * (2 - STACK)
-
-    lane, place = below + gl.arange(0, ROWS, gl.SliceLayout(1, mma_s)), place + below
-    exists = lane < count
-    minus_lse_log2 = gl.load(lse_ptr + head * lse_head + lane, mask=exists, other=float("inf")) * -LOG2E
-    delta = gl.load(delta_ptr + head * lse_head + lane, mask=exists, other=0.0)
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, mma_s)
-    dq = gl.zeros([ROWS, D], gl.float32, mma_o)
-    q_smem, dout_smem, rows = q_tiles.index(which), dout_tiles.index(which), (minus_lse_log2, delta)
-    mbarrier.wait(rows_ready, 0)
-    if walk[0] > 0:
-        dq = dq_full(dq, q_smem, dout_smem, ring, walk[0], rows, scaling, zeros, operand, STAGES, CAPPED)
-    words_ptr += (place % RB + lane - below) * (RB // WORD)
-    dq = dq_others(
-        dq, q_smem, dout_smem, ring, walk, rows, scaling, zeros, exists, codes_ptr + place // RB, words_ptr, operand,
-        gl.SliceLayout(0, mma_s), STAGES, BLOCK_N, RB, F, CAPPED,
-    )  # fmt: skip
-    if in_slot:
-        store_rows(slot_ptr + (head * slot_head + below) * D, D, dq, ROWS, D, mma_o)
-    else:
-        store_rows(dq_ptr + head * dq_head + below * dq_token, dq_token, dq * scale, count - below, D, mma_o)
-
-
-@gluon.jit(do_not_specialize=["slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "lse_batch", "lse_head"])
-def hopper_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, slot_dq_ptr,
-    pieces_ptr, line_start_ptr, line_length_ptr, ptr_ptr, full_ptr, sub_at_ptr, idx_ptr, sub_ptr, words_ptr,
-    key_start_ptr, key_end_ptr,
-    scale, factor, cap_log2, slots, lines, num_heads, num_kv_heads, layout_heads, tokens,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, dout_batch, dout_token, dout_head,
-    dq_batch, dq_token, dq_head, lse_batch, lse_head,
-    D: gl.constexpr, DV: gl.constexpr, STACK: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, F: gl.constexpr,
-    SUBS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr,
-):  # fmt: skip
-    """``dq = scale * dS k`` over the listed blocks of each row; grid ``(pieces * SUBS * heads per layout head / STACK, batch)``.
-
-    The arguments are those of `s2attn.kernels.backward.dq_kernel`, except that
-
-    * the innermost strides are 1, all other strides and addresses multiples of 16 bytes, D and DV 64 or 128, RB >= BLOCK_N;
-    * a tile has 128 rows: F = 2 neighbouring blocks, or STACK = 2 query heads with one list, or one of the SUBS tiles of a block;
-    * ``words_ptr`` has the mask tiles ``[tile, query, key]`` as 32-bit words along the keys;
-    * ``key_end_ptr`` has, for each line, the first token after the keys of its sequence; ``tokens`` counts the query tokens.
-    """
-    gl.static_assert(STAGES >= 2, "K of a step stays in its stage while the next step is asked for")
-    LINE: gl.constexpr = 2 * ROWS // STACK
+    """A consumer: dq of 64 rows of one head of each item."""
+    lse_ptr, delta_ptr, lse_batch, lse_head = of_rows
+    work_ptr, codes_ptr, bits_ptr = lists
+    items, batches, num_heads, layout_heads = counts
+    dq_ptr, dq_batch, dq_token, dq_head, scale = out
+    row_rings, rows_ready, rows_empty = rows_in
+    of_pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    of_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, of_dq, 2)
+    # Query blocks of 64 that are not stacked come in pairs with a code for each; otherwise both consumers read one code.
+    CODES: gl.constexpr = 2 if STACK == 1 and RB == ROWS else 1
     PER: gl.constexpr = RB // BLOCK_N
-    number, member, tile = program_of(lines, num_heads // STACK, layout_heads, SUBS)
-    item, full_from, full_to, other_from, other_to, slot = read_piece(pieces_ptr, number)
-    shared, layout_head, line = num_heads // layout_heads, item // lines, item % lines
-    batch, head = gl.program_id(1).to(gl.int64), (layout_head * shared + member * STACK).to(gl.int64)
-    kv_head = head // (num_heads // num_kv_heads)
-    begin, full, _, codes_ptr = find_list((ptr_ptr, full_ptr, sub_at_ptr, sub_ptr), layout_head, line, lines, F)
-    place, key_end = tile * LINE, gl.load(key_end_ptr + line)
-    row, count = gl.load(line_start_ptr + line) + place, gl.load(line_length_ptr + line) - place
+    shared = num_heads // layout_heads
+    lane = gl.arange(0, ROWS, gl.SliceLayout(1, of_pairs))
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, of_pairs)
+    stage, phase, turn, turn_phase = 0, 0, 0, 0
+    step = gl.program_id(0)
+    while step < items:
+        batch, member, tile, at = read_work(in_turn(step, items), work_ptr, batches, shared // STACK, SUBS)
+        head = (gl.load(at).to(gl.int32) * shared + member * STACK + which * (STACK - 1)).to(gl.int64)
+        below = tile * (2 * ROWS // STACK) + which * ROWS * (2 - STACK)
+        row, count = gl.load(at + 1) + below, gl.load(at + 2).to(gl.int32) - below
+        first = batch.to(gl.int64) * lse_batch + head * lse_head + row
+        minus_lse_log2 = gl.load(lse_ptr + first + lane, mask=lane < count, other=float("inf")) * -LOG2E
+        delta = gl.load(delta_ptr + first + lane, mask=lane < count, other=0.0)
+        code_ptr, place = codes_ptr + gl.load(at + 6) + which * (CODES - 1), below * (2 - CODES)
+        dq = gl.zeros([ROWS, D], gl.float32, of_dq)
+        own = turn * 2 + which
+        mbarrier.wait(rows_ready.index(own), turn_phase)
+        full = gl.load(at + 4).to(gl.int32) * PER
+        if full > 0:
+            dq, stage, phase = fold_full(
+                dq, row_rings, own, full, stage, phase, keys, (minus_lse_log2, delta), scores, zeros, operand, RING, CAPPED
+            )  # fmt: skip
+        dq, stage, phase = fold_others(
+            dq, row_rings, own, gl.load(at + 5).to(gl.int32) * PER, code_ptr, bits_ptr, place, stage, phase, keys,
+            (minus_lse_log2, delta), scores, zeros, of_pairs, operand, BLOCK_N, RB, RING, CODES, CAPPED,
+        )  # fmt: skip
+        mbarrier.arrive(rows_empty.index(own), count=1)
+        store_rows(dq_ptr + batch.to(gl.int64) * dq_batch + head * dq_head + row * dq_token, dq_token, dq * scale, count, D, of_dq)
+        turn, turn_phase = advance(turn, turn_phase, Q_RING)
+        step += gl.num_programs(0)
 
-    q_of = (q_ptr + batch * q_batch + head * q_head, tokens, q_token, q_head)
-    dout_of = (dout_ptr + batch * dout_batch + head * dout_head, tokens, dout_token, dout_head)
-    row_tiles = load_row_tiles(q_of, dout_of, row, D, DV, STACK)
-    k_rows = rows_of_heads((k_ptr + batch * k_batch + kv_head * k_head, key_end, k_token, k_head), 1, BLOCK_N, D)
-    v_rows = rows_of_heads((v_ptr + batch * v_batch + kv_head * v_head, key_end, v_token, v_head), 1, BLOCK_N, DV)
-    ring = make_ring(k_rows, v_rows, STAGES, BLOCK_N, D, DV)
 
-    full_steps, other_steps = (full_to - full_from) * PER, (other_to - other_from) * PER
-    walk = (full_steps, other_steps, full_from * PER, (full + other_from) * PER - full_steps)
-    at = batch * lse_batch + head * lse_head + row
-    row_of = (lse_ptr + at, delta_ptr + at, lse_head, place, count)
-    first = slot_rows(batch, slots, slot, shared, member * STACK, tile, SUBS, LINE)
-    to_dq = dq_ptr + batch * dq_batch + head * dq_head + row * dq_token
-    out = (to_dq, dq_token, dq_head, scale, slot_dq_ptr + first * D, SUBS * LINE, slot >= 0)
-    codes_ptr, scaling = codes_ptr + other_from * F, (factor, cap_log2)
+@gluon.jit(
+    do_not_specialize=["items", "batches", "num_heads", "num_kv_heads", "layout_heads", "tokens", "key_tokens", "lse_batch", "lse_head"]
+)
+def hopper_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, work_ptr, keys_ptr, codes_ptr, bits_ptr,
+    scale, factor, cap_log2, items: gl.int32, batches: gl.int32, num_heads: gl.int32, num_kv_heads: gl.int32, layout_heads: gl.int32,
+    tokens: gl.int32, key_tokens: gl.int32,
+    q_batch: gl.int64, q_token: gl.int64, q_head: gl.int64, k_batch: gl.int64, k_token: gl.int64, k_head: gl.int64,
+    v_batch: gl.int64, v_token: gl.int64, v_head: gl.int64, dout_batch: gl.int64, dout_token: gl.int64, dout_head: gl.int64,
+    dq_batch: gl.int64, dq_token: gl.int64, dq_head: gl.int64, lse_batch: gl.int64, lse_head: gl.int64,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    RING: gl.constexpr, Q_RING: gl.constexpr, CAPPED: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """``dq = scale * dS k`` over the listed blocks of each row; grid and arguments of `s2attn.kernels.hopper.forward`.
+
+    ``lse_ptr`` and ``delta_ptr`` have a number for each head and token. RING is at least 2: a consumer holds one stage and asks for the
+    next.
+    """
+    gl.static_assert(RING >= 2, "a consumer holds one stage while it asks for the next")
+    kind: gl.constexpr = q_ptr.dtype.element_ty
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, D], kind)
+    dout_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, DV], kind)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_N, D], kind)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_N, DV], kind)
+    q_ring = gl.allocate_shared_memory(kind, [2 * Q_RING, 1, 1, ROWS, D], q_layout)
+    dout_ring = gl.allocate_shared_memory(kind, [2 * Q_RING, 1, 1, ROWS, DV], dout_layout)
+    k_ring = gl.allocate_shared_memory(kind, [RING, 1, 1, BLOCK_N, D], k_layout)
+    v_ring = gl.allocate_shared_memory(kind, [RING, 1, 1, BLOCK_N, DV], v_layout)
+    rows_ready, rows_empty, k_ready, v_ready, empty = (
+        barriers(2 * Q_RING, 1), barriers(2 * Q_RING, 1), barriers(RING, 1), barriers(RING, 1), barriers(RING, 2)
+    )  # fmt: skip
+    fence_async_shared()
+    pointers = (q_ptr, k_ptr, v_ptr, dout_ptr)
+    q_strides, k_strides, v_strides = (q_batch, q_token, q_head), (k_batch, k_token, k_head), (v_batch, v_token, v_head)
+    strides = (q_strides, k_strides, v_strides, (dout_batch, dout_token, dout_head))
+    rings, bars = (q_ring, dout_ring, k_ring, v_ring), (rows_ready, rows_empty, k_ready, v_ready, empty)
+    of_rows, lists = (lse_ptr, delta_ptr, lse_batch, lse_head), (work_ptr, codes_ptr, bits_ptr)
+    counts, scores, out = (items, batches, num_heads, layout_heads), (factor, cap_log2), (dq_ptr, dq_batch, dq_token, dq_head, scale)
+    extents = (items, batches, num_heads, num_kv_heads, layout_heads, tokens, key_tokens)
+    rows_in, keys = ((q_ring, dout_ring), rows_ready, rows_empty), (k_ring, v_ring, k_ready, v_ready, empty)
     gl.warp_specialize([
-        (dq_consumer, (0, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out, STAGES, BLOCK_N, RB, F, D, CAPPED, STACK)),
-        (dq_consumer, (1, row_tiles, ring, walk, row_of, codes_ptr, words_ptr, scaling, out, STAGES, BLOCK_N, RB, F, D, CAPPED, STACK)),
-        (dq_producer, (k_rows, v_rows, ring, (idx_ptr + begin, key_start_ptr), walk, STAGES, PER, BLOCK_N)),
+        (fold_dq, (0, of_rows, lists, counts, scores, out, rows_in, keys, D, DV, BLOCK_N, RB, STACK, SUBS, RING, Q_RING, CAPPED)),
+        (fold_dq, (1, of_rows, lists, counts, scores, out, rows_in, keys, D, DV, BLOCK_N, RB, STACK, SUBS, RING, Q_RING, CAPPED)),
+        (load_dq, (pointers, strides, work_ptr, keys_ptr, extents, rings, bars,
+                   D, DV, BLOCK_N, RB, STACK, SUBS, RING, Q_RING, PACKED)),
     ], [4, 1], [240, 24])  # fmt: skip

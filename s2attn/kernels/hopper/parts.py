@@ -1,21 +1,18 @@
-"""Pieces that dq and dkv share: probabilities in two steps around a product in flight, masks as bits, results written by row."""
+"""Pieces that dq and dkv share: barriers, probabilities, masks across the queries, and rows written."""
 
-from s2attn.kernels.hopper.names import gl, gluon, make_descriptor, mbarrier
+from s2attn.kernels.hopper.names import gl, gluon, mbarrier
+from s2attn.kernels.hopper.pieces import kept_here
 from s2attn.kernels.pieces.scores import log2_logits
 
 ROWS: gl.constexpr = gl.constexpr(64)
 """Rows of a product: one consumer warpgroup has 64."""
-WORD: gl.constexpr = gl.constexpr(32)
-"""Pairs of a row of a mask tile in one word."""
 
 
 @gluon.jit
-def rows_of_heads(of, HEADS: gl.constexpr, TILE: gl.constexpr, WIDTH: gl.constexpr):
-    """A descriptor of tiles of TILE rows; rows from the end on read as zero. Further heads lie in columns from ``stride_head`` on."""
-    base_ptr, end, stride_token, stride_head = of
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, WIDTH], base_ptr.dtype.element_ty)
-    columns = ((HEADS - 1) * stride_head + WIDTH).to(gl.int32)
-    return make_descriptor(base_ptr, [end, columns], [stride_token, 1], [TILE, WIDTH], layout)
+def landed(ready, stage, phase, RING: gl.constexpr):
+    """Wait for every copy into a ring, from the producer's place in it."""
+    for i in gl.static_range(RING):
+        mbarrier.wait(ready.index(i), gl.where(i < stage, phase ^ 1, phase))
 
 
 @gluon.jit
@@ -39,21 +36,21 @@ def probabilities(products, minus_lse_log2, factor, cap_log2, allowed, CAPPED: g
 
 
 @gluon.jit
-def allowed_bits(row_ptr, wanted, across, WIDTH: gl.constexpr):
-    """Whether each pair of a tile is allowed, ``[rows, WIDTH]``; all pairs of a row that is not ``wanted``.
-
-    ``row_ptr`` points to the first word of each row, whose bits ascend; ``across`` counts the columns. The words of a row take two
-    registers where bytes would take one for each pair.
-    """
-    bits = gl.load(row_ptr, mask=wanted, other=-1)[:, None]
-    if WIDTH > WORD:
-        bits = gl.where((across < WORD)[None, :], bits, gl.load(row_ptr + 1, mask=wanted, other=-1)[:, None])
-    return (bits >> (across % WORD)[None, :]) & 1 != 0
+def allowed_bits(bits_ptr, first, inside, WORDS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of WIDTH = 32 or 64 listed tokens each of 64 lines sees, ``first`` the row of the table of mask tiles, ``inside`` the token."""
+    line = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    token = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    bits = gl.load(bits_ptr + (first + line).to(gl.int64) * WORDS + inside // 64)
+    if WIDTH == 32:
+        bits = (bits >> (inside % 64).to(gl.int64)).to(gl.int32)
+    return ((bits[:, None] >> token[None, :]) & 1) != 0
 
 
 @gluon.jit
 def store_rows(base_ptr, stride_token, values, count, WIDTH: gl.constexpr, layout: gl.constexpr):
     """Write the first ``count`` rows of a tile of accumulators."""
+    # Where the rows lie is worked out here, and not held in registers through all that comes before.
+    stride_token = kept_here(gl.to_tensor(stride_token).to(gl.int64))
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     at = row.to(gl.int64)[:, None] * stride_token + column[None, :]
