@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from s2attn.backends.triton.hopper import choose_hopper_form
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
@@ -24,11 +25,19 @@ KERNELS = {
     "merge": "join.merge_kernel",
     "sum": "join.sum_kernel",
 }
-_INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS = ("keys", "codes", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
 _FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
-_POINTERS = {"ptr": "i64", "sub_at": "i64", "tiles": "u8", **dict.fromkeys(_INTS, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
-_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
+_POINTERS = {
+    "ptr": "i64",
+    "work": "i64",
+    "bits": "i64",
+    "sub_at": "i64",
+    "tiles": "u8",
+    **dict.fromkeys(_INTS, "i32"),
+    **dict.fromkeys(_FLOATS, "fp32"),
+}
+_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "key_tokens", "tile_rows", "places", "items", "batches")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
@@ -128,16 +137,36 @@ def compile_specialised(
     return _compiled(kernel, target, dtype, constants, {"num_warps": 4})
 
 
+def compile_hopper(
+    op: str, dtype: str, dim: int, block: int, shared_heads: int, dim_v: int | None = None, *, capped: bool = False, sinks: bool = False,
+    packed: bool = False,
+) -> Compiled:  # fmt: skip
+    """Compile a Gluon kernel for sm_90 in the form that a launch would choose.
+
+    Args:
+        op: "forward".
+        dtype, block, shared_heads, capped, sinks: as for :func:`compile_specialised`.
+        dim, dim_v: head widths, 64 or 128.
+        packed: for several sequences in one tensor.
+    """
+    kernel = getattr(import_module(f"s2attn.kernels.hopper.{op}"), f"hopper_{op}_kernel")
+    dim_v = dim if dim_v is None else dim_v
+    form = choose_hopper_form(dim, dim_v, block, shared_heads, capped)
+    constants = {"D": dim, "DV": dim_v, **form.constants(block), "CAPPED": capped, "SINKS": sinks, "PACKED": packed}
+    return _compiled(kernel, "sm_90", dtype, constants, {"num_warps": 4})
+
+
 def _compiled(kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     types, constants = signature(kernel, dtype, constants)
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
     divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_"))]
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(types.items()) if name in divisible or kind.startswith("*")}
-    source = ASTSource(kernel, types, constants, aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, aligned)
     amd = target.startswith("gfx")
     device = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     made = triton.compile(source, target=device, options=options)

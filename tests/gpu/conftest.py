@@ -95,6 +95,20 @@ def special(device: torch.device) -> Triton:
     return Triton(lambda *given: replace(find_tiles(*given), form="specialised"))
 
 
+@pytest.fixture
+def hopper(device: torch.device) -> Iterator[Triton]:
+    """The backend with Hopper's Gluon kernels wherever there is one that can serve; no interpreter has them, but our own runner."""
+    if not ON_GPU:
+        from s2attn.testing.gluon.launches import hopper_on_cpu
+
+        with hopper_on_cpu() as backend:
+            yield backend
+        return
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("kernels for Hopper alone")
+    yield Triton(lambda *given: replace(find_tiles(*given), form="hopper"))
+
+
 @pytest.fixture(params=["bf16", "fp16", "fp32"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if request.param == "bf16" and not ON_GPU:

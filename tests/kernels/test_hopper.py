@@ -30,29 +30,17 @@ CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, int, bool, int]] =
 
 
 @pytest.fixture
-def launch(monkeypatch):
-    """A forward pass by the Hopper kernel: launched as on a GPU, run by the runner. Returns out, lse and the form."""
+def launch():
+    """A forward pass by the Hopper kernel. Returns out, lse and what it needed of the layout."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from s2attn.backends.triton import Triton, hopper, ways
-    from s2attn.backends.triton.backend import find_tiles
-    from s2attn.testing.gluon import run_gluon
+    from s2attn.backends.triton.hopper import HopperWay
+    from s2attn.testing.gluon.launches import hopper_on_cpu
 
-    def run(p: Problem, seed: int = 0, programs: int = 2, faulty=None, **form):
-        def start(kernel, pointers, starts, key, describe):
-            call, kernel = describe(), faulty or kernel
-            constants = {name: value for name, value in call.constants.items() if name != "num_warps"}
-            run_gluon(kernel, call.grid, *pointers, *call.rest, seed=seed, **constants)
-
-        choose = hopper.choose_hopper_form
-        monkeypatch.setattr(ways, "can_take", lambda *given: True)
-        monkeypatch.setattr(ways, "choose_hopper_form", lambda *given: replace(choose(*given), **form))
-        monkeypatch.setattr(hopper, "programs_of", lambda index: programs)
-        monkeypatch.setattr(hopper, "start", start)
-        backend = Triton(lambda *given: replace(find_tiles(*given), form="hopper"))
-        out, lse = backend.forward(*p.arguments)
+    def run(p: Problem, seed: int = 0, **options):
+        with hopper_on_cpu(seed=seed, **options) as backend:
+            out, lse = backend.forward(*p.arguments)
         (way,) = backend._prepared[p.layout].ways.values()
-        assert isinstance(way.special, hopper.HopperWay)
-        monkeypatch.setattr(ways, "choose_hopper_form", choose)
+        assert isinstance(way.special, HopperWay)
         return out, lse, way.special
 
     return run
