@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s2attn.backends.triton.hopper import choose_hopper_form
+from s2attn.backends.triton.hopper_backward import choose_column_form, choose_dq_form
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
@@ -25,9 +26,9 @@ KERNELS = {
     "merge": "join.merge_kernel",
     "sum": "join.sum_kernel",
 }
-_INTS = ("keys", "codes", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS = ("keys", "codes", "listed", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
-_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
+_FLOATS = ("lse", "delta", "numbers", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
 _POINTERS = {
     "ptr": "i64",
     "work": "i64",
@@ -50,6 +51,7 @@ class Compiled:
         shared_bytes: per program.
         warps: of a program; more than were asked for when the compiler has cut the kernel into specialised warp groups.
         text: PTX, or amdgcn.
+        remarks: what NVIDIA's assembler says of asynchronous products, such as that it must wait after every one of them.
     """
 
     registers: int
@@ -57,6 +59,7 @@ class Compiled:
     shared_bytes: int
     warps: int
     text: str
+    remarks: tuple[str, ...] = ()
 
     @property
     def wgmma(self) -> int:
@@ -144,15 +147,19 @@ def compile_hopper(
     """Compile a Gluon kernel for sm_90 in the form that a launch would choose.
 
     Args:
-        op: "forward".
-        dtype, block, shared_heads, capped, sinks: as for :func:`compile_specialised`.
+        op: "forward", "dq" or "dkv".
+        dtype, block, shared_heads, capped, sinks: as for :func:`compile_specialised`; sinks are the forward kernel's alone.
         dim, dim_v: head widths, 64 or 128.
         packed: for several sequences in one tensor.
     """
     kernel = getattr(import_module(f"s2attn.kernels.hopper.{op}"), f"hopper_{op}_kernel")
     dim_v = dim if dim_v is None else dim_v
-    form = choose_hopper_form(dim, dim_v, block, shared_heads, capped)
-    constants = {"D": dim, "DV": dim_v, **form.constants(block), "CAPPED": capped, "SINKS": sinks, "PACKED": packed}
+    flags = {"CAPPED": capped, "PACKED": packed}
+    if op == "forward":
+        form, flags["SINKS"] = choose_hopper_form(dim, dim_v, block, shared_heads, capped), sinks
+    else:
+        form = choose_dq_form(dim, dim_v, block, shared_heads) if op == "dq" else choose_column_form(dim, dim_v, block, capped)
+    constants = {"D": dim, "DV": dim_v, **form.constants(block), **flags}
     return _compiled(kernel, "sm_90", dtype, constants, {"num_warps": 4})
 
 
@@ -171,8 +178,8 @@ def _compiled(kernel: Any, target: str, dtype: str, constants: dict[str, Any], o
     device = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     made = triton.compile(source, target=device, options=options)
     text = made.asm["amdgcn" if amd else "ptx"]
-    registers, spills = _written_down(text) if amd else _assembled(text, device.arch)
-    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, text)
+    registers, spills, remarks = (*_written_down(text), ()) if amd else _assembled(text, device.arch)
+    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, text, remarks)
 
 
 def _constants(
@@ -200,8 +207,8 @@ def _written_down(amdgcn: str) -> tuple[int, int]:
     return registers, private
 
 
-def _assembled(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers per thread and bytes of spills, from the assembler that Triton brings."""
+def _assembled(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
+    """Registers per thread, bytes of spills and remarks, from the assembler that Triton brings."""
     from triton import knobs
 
     tool = knobs.nvidia.ptxas_blackwell if arch >= 100 and hasattr(knobs.nvidia, "ptxas_blackwell") else knobs.nvidia.ptxas
@@ -214,4 +221,4 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     spills = sum(int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said))
-    return registers, spills
+    return registers, spills, tuple(re.findall(r"\(C75\d\d\)[^\n]*", said))

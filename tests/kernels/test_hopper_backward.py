@@ -32,53 +32,36 @@ CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, int, bool]] = {
 }
 
 
-Given = tuple[torch.Tensor, torch.Tensor]
+Left = tuple[torch.Tensor, torch.Tensor]
 
 
-def after_forward(p: Problem) -> Given:
-    """lse and delta of an exact forward pass."""
+def after_forward(p: Problem) -> Left:
+    """out and lse of an exact forward pass, as the dtypes hold them."""
     out, lse = oracle(p.q, p.k, p.v, p.mask, p.scoring.scale, softcap=p.softcap)
-    delta = (out * p.dout.double()).sum(-1).transpose(1, 2) - (0 if p.dlse is None else p.dlse.double())
-    return lse.float(), torch.where(torch.isfinite(lse), delta, torch.zeros_like(delta)).float()
+    return out.to(p.q.dtype), lse.float()
 
 
 @pytest.fixture
-def launch(monkeypatch) -> Callable[..., dict[str, torch.Tensor]]:
-    """dq, dk and dv by the Hopper kernels; ``of_dq`` and ``of_dkv`` change their forms, ``given`` is what a forward pass has left."""
+def launch() -> Callable[..., dict[str, torch.Tensor]]:
+    """dq, dk and dv by the Hopper kernels, from what a forward pass has left; ``of_dq`` and ``of_dkv`` change their forms."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from s2attn.backends.triton import hopper_backward, ways
-    from s2attn.backends.triton.tiles import Tiles
-    from s2attn.testing.gluon import run_gluon
+    from s2attn.backends.triton.hopper import HopperWay
+    from s2attn.backends.triton.hopper_backward import HopperColumns
+    from s2attn.testing.gluon.launches import hopper_on_cpu
 
-    choosers = {"of_dq": hopper_backward.choose_dq_form, "of_dkv": hopper_backward.choose_column_form}
-
-    def run(p: Problem, seed: int = 0, programs: int = 2, given: Given | None = None, of_dq=None, of_dkv=None) -> dict[str, torch.Tensor]:
-        def start(kernel, pointers, starts, key, describe):
-            call = describe()
-            constants = {name: value for name, value in call.constants.items() if name != "num_warps"}
-            run_gluon(kernel, call.grid, *pointers, *call.rest, seed=seed, **constants)
-
-        monkeypatch.setattr(ways, "can_take", lambda *given: True)
-        monkeypatch.setattr(ways, "choose_dq_form", lambda *shape: replace(choosers["of_dq"](*shape), **(of_dq or {})))
-        monkeypatch.setattr(ways, "choose_column_form", lambda *shape: replace(choosers["of_dkv"](*shape), **(of_dkv or {})))
-        monkeypatch.setattr(hopper_backward, "programs_of", lambda index: programs)
-        monkeypatch.setattr(hopper_backward, "start", start)
-        tiles, prepared, made = Tiles(64, 64, 4, 3, form="hopper"), ways.Prepared(), {}
-        tensors, left = (p.q, p.k, p.v), given or after_forward(p)
-        for op, names in (("dq", ["dq"]), ("dkv", ["dk", "dv"])):
-            way = ways.Way.of(op, tiles, *tensors, p.layout, p.scoring, prepared)
-            if way.special is not None:
-                results = getattr(way, op)(*tensors, p.dout, *left, p.layout, p.scoring)
-                made |= dict(zip(names, [results] if op == "dq" else results, strict=True))
-        return made
+    def run(p: Problem, seed: int = 0, *, left: Left | None = None, plain: str = "", **options) -> dict[str, torch.Tensor]:
+        with hopper_on_cpu(seed=seed, **options) as backend:
+            made = backend.backward(p.dout, p.dlse, p.q, p.k, p.v, *(left or after_forward(p)), p.layout, p.scoring)
+        kinds = {way.op: type(way.special) for way in backend._prepared[p.layout].ways.values()}
+        assert kinds == {"dq": HopperWay, "dkv": type(None) if plain else HopperColumns}
+        return dict(zip(("dq", "dk", "dv"), made, strict=True))
 
     return run
 
 
-def check(p: Problem, got: dict[str, torch.Tensor], *names: str) -> None:
-    """Gradients err at most twice what eager code in this dtype errs against float64; those of ``names`` are there."""
+def check(p: Problem, got: dict[str, torch.Tensor]) -> None:
+    """Gradients err at most twice what eager code in this dtype errs against float64."""
     exact, plain = by_autograd(oracle, p.to(torch.float64)), by_autograd(eager, p)
-    assert list(got) == list(names or ("dq", "dk", "dv"))
     for name, value in got.items():
         right = getattr(exact, name)
         assert value.dtype == p.q.dtype and value.shape == right.shape
@@ -96,7 +79,7 @@ def problem(name: str, dtype: torch.dtype = torch.float16, **more) -> Problem:
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_oracle(name, launch, poisoned_empty):
     p = problem(name, batch=2)
-    check(p, launch(p, len(name)), *(["dq"] if "per query head" in name else []))
+    check(p, launch(p, len(name), plain="dkv" if "per query head" in name else ""))
 
 
 @pytest.mark.parametrize("name", ["two heads stacked", "two rows paired", "blocks of 128"])
@@ -147,15 +130,14 @@ def packed_problem(heads: int) -> tuple[Problem, int]:
 def check_packed(launch, heads: int, seed: int, **forms) -> None:
     """Right numbers; and even numbers that are none, which a weight of 0 would not hide, stay in their own sequence."""
     p, end = packed_problem(heads)
-    given = after_forward(p)
-    once = launch(p, seed, given=given, **forms)
+    left = after_forward(p)
+    once = launch(p, seed, left=left, **forms)
     check(p, once)
     spoilt = replace(p, **{name: getattr(p, name).clone() for name in ("q", "k", "v", "dout")})
     for x in (spoilt.q, spoilt.k, spoilt.v, spoilt.dout):
         x[:, end:] = float("nan")
-    for x in given:
-        x[..., end:] = float("nan")
-    for name, value in launch(spoilt, seed, given=given, **forms).items():
+    left[0][:, end:] = left[1][..., end:] = float("nan")
+    for name, value in launch(spoilt, seed, left=left, **forms).items():
         assert torch.equal(value[:, :end], once[name][:, :end]), name
 
 

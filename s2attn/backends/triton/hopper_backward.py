@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from s2attn.backends.base import Scoring
 from s2attn.backends.triton.hopper import MOST_STAGES, HopperForm, HopperWay, can_copy, mask_words, programs_of
@@ -128,8 +129,10 @@ def hopper_columns(form: ColumnForm, layout: Layout, walk: Walk, kv_heads: int) 
 
 def numbers_by_block(lse: Tensor, delta: Tensor, token_of: Tensor) -> Tensor:
     """lse and delta by query in the places of `places_of`, ``(2, B, H, blocks * block)``; +inf and 0 where there is no query."""
-    absent = lse.new_tensor([float("inf"), 0.0]).view(2, 1, 1, 1).expand(-1, *lse.shape[:2], 1)
-    return torch.cat([torch.stack([lse, delta]), absent], dim=-1).index_select(-1, token_of)
+    numbers = lse.new_empty(2, *lse.shape[:2], len(token_of))
+    for into, values, absent in ((numbers[0], lse, float("inf")), (numbers[1], delta, 0.0)):
+        torch.index_select(pad(values, (0, 1), value=absent), -1, token_of, out=into)
+    return numbers
 
 
 def copyable(dout: Tensor) -> Tensor:

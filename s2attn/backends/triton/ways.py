@@ -100,7 +100,7 @@ class Way:
         special = self._special(q, k, v)
         if isinstance(special, HopperWay):
             return hopper.hopper_forward(q, k, v, special, scoring)
-        if special is not None:
+        if isinstance(special, SpecialisedWay):
             return specialised.specialised_forward(q, k, v, special, scoring)
         return launch.forward(q, k, v, self._plain(layout), self.tiles, layout.block, scoring)
 

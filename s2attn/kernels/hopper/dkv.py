@@ -61,11 +61,13 @@ def query_of(step, walk, listed_ptr, full, group, RB: gl.constexpr, BLOCK_M: gl.
 
 @gluon.jit
 def load_queries(
-    q_rows, dout_rows, numbers, batch, head, first_place, places, walk, listed_ptr, full, group, stage, phase, tiles_in,
-    RB: gl.constexpr, BLOCK_M: gl.constexpr, RING: gl.constexpr,
+    q_rows, dout_rows, numbers, batch, place_in, entries, stage, phase, tiles_in, RB: gl.constexpr, BLOCK_M: gl.constexpr,
+    RING: gl.constexpr,
 ):  # fmt: skip
     """Load q, dout, lse and delta of every step; the next step's place is looked up before this one waits."""
     q_ring, dout_ring, number_ring, ready, empty = tiles_in
+    head, first_place, places, group = place_in
+    listed_ptr, full, walk = entries
     steps = walk[0] + walk[1]
     if steps > 0:
         row, place, member = query_of(0, walk, listed_ptr, full, group, RB, BLOCK_M)
@@ -105,9 +107,8 @@ def load_dkv(
     every_place = kept_here((batches * num_heads).to(gl.int64) * places)
     number_layout: gl.constexpr = number_ring.layout
     numbers = make_descriptor(numbers_ptr, [2, every_place.to(gl.int32)], [every_place, 1], [2, BLOCK_M], number_layout)
-    if not PACKED:
-        q_rows = rows_of(q_ptr, (batches, num_heads, tokens), q_strides, BLOCK_M, D, q_layout)
-        dout_rows = rows_of(dout_ptr, (batches, num_heads, tokens), dout_strides, BLOCK_M, DV, dout_layout)
+    all_q = rows_of(q_ptr, (batches, num_heads, tokens), q_strides, BLOCK_M, D, q_layout)
+    all_dout = rows_of(dout_ptr, (batches, num_heads, tokens), dout_strides, BLOCK_M, DV, dout_layout)
     group = num_heads // num_kv_heads
     stage, phase, turn, turn_phase = 0, 1, 0, 1
     step = gl.program_id(0)
@@ -119,17 +120,18 @@ def load_dkv(
         for i in gl.static_range(PARTS):
             copy_in(k_rows, [batch, kv_head, key + i * ROWS, 0], keys_ready.index(turn), k_ring.index(turn * PARTS + i))
             copy_in(v_rows, [batch, kv_head, key + i * ROWS, 0], keys_ready.index(turn), v_ring.index(turn * PARTS + i))
+        head = kv_head * group
+        place = (head, (batch * num_heads + head) * places, places, group)
+        entries = (listed_ptr + gl.load(at + 3) * 2, gl.load(at + 8).to(gl.int32), column_steps(at, RB // BLOCK_M))
         if PACKED:
             # Queries end with their own sequence. A descriptor has one place in memory: the copies through the old one must have landed.
             landed(ready, stage, phase, RING)
             end = gl.load(at + 10).to(gl.int32)
             q_rows = rows_of(q_ptr, (batches, num_heads, end), q_strides, BLOCK_M, D, q_layout)
             dout_rows = rows_of(dout_ptr, (batches, num_heads, end), dout_strides, BLOCK_M, DV, dout_layout)
-        head = kv_head * group
-        stage, phase = load_queries(
-            q_rows, dout_rows, numbers, batch, head, (batch * num_heads + head) * places, places, column_steps(at, RB // BLOCK_M),
-            listed_ptr + gl.load(at + 3) * 2, gl.load(at + 8).to(gl.int32), group, stage, phase, tiles_in, RB, BLOCK_M, RING,
-        )  # fmt: skip
+            stage, phase = load_queries(q_rows, dout_rows, numbers, batch, place, entries, stage, phase, tiles_in, RB, BLOCK_M, RING)
+        else:
+            stage, phase = load_queries(all_q, all_dout, numbers, batch, place, entries, stage, phase, tiles_in, RB, BLOCK_M, RING)
         turn, turn_phase = advance(turn, turn_phase, K_RING)
         step += gl.num_programs(0)
 

@@ -22,20 +22,40 @@ from s2attn.kernels.pieces.scores import LOG2E, product_gradient
 
 
 @gluon.jit
+def load_keys(
+    k_rows, v_rows, batch, kv_head, list_ptr, tiles, stage, phase, rings, bars,
+    BLOCK_N: gl.constexpr, PER: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Load keys and values of every tile of a list; the token of the next tile is looked up before this one waits for its place."""
+    _, _, k_ring, v_ring = rings
+    _, _, k_ready, v_ready, empty = bars
+    if tiles > 0:
+        key = gl.load(list_ptr)
+        for j in range(tiles):
+            after = gl.minimum(j + 1, tiles - 1)
+            following = gl.load(list_ptr + after // PER) + after % PER * BLOCK_N
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(k_ready.index(stage), k_rows.block_type.nbytes)
+            copy_in(k_rows, [batch, kv_head, key, 0], k_ready.index(stage), k_ring.index(stage))
+            mbarrier.expect(v_ready.index(stage), v_rows.block_type.nbytes)
+            copy_in(v_rows, [batch, kv_head, key, 0], v_ready.index(stage), v_ring.index(stage))
+            stage, phase = advance(stage, phase, RING)
+            key = following
+    return stage, phase
+
+
+@gluon.jit
 def load_dq(
     pointers, strides, work_ptr, keys_ptr, extents, rings, bars,
     D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """The producer: q and dout of both consumers, then keys and values of every listed tile.
-
-    The token of the next tile is looked up before this one waits for its place.
-    """
+    """The producer: q and dout of both consumers, then keys and values of every listed tile; it runs ahead into the next items."""
     q_ptr, k_ptr, v_ptr, dout_ptr = pointers
     q_strides, k_strides, v_strides, dout_strides = strides
     items, batches, num_heads, num_kv_heads, layout_heads, tokens, key_tokens = extents
     q_ring, dout_ring, k_ring, v_ring = rings
-    rows_ready, rows_empty, k_ready, v_ready, empty = bars
+    rows_ready, rows_empty, k_ready, v_ready, _ = bars
     PER: gl.constexpr = RB // BLOCK_N
     shared = num_heads // layout_heads
     q_layout: gl.constexpr = q_ring.layout
@@ -44,9 +64,8 @@ def load_dq(
     v_layout: gl.constexpr = v_ring.layout
     q_rows = rows_of(q_ptr, (batches, num_heads, tokens), q_strides, ROWS, D, q_layout)
     dout_rows = rows_of(dout_ptr, (batches, num_heads, tokens), dout_strides, ROWS, DV, dout_layout)
-    if not PACKED:
-        k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_tokens), k_strides, BLOCK_N, D, k_layout)
-        v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_tokens), v_strides, BLOCK_N, DV, v_layout)
+    all_k = rows_of(k_ptr, (batches, num_kv_heads, key_tokens), k_strides, BLOCK_N, D, k_layout)
+    all_v = rows_of(v_ptr, (batches, num_kv_heads, key_tokens), v_strides, BLOCK_N, DV, v_layout)
     stage, phase, turn, turn_phase = 0, 1, 0, 1
     step = gl.program_id(0)
     while step < items:
@@ -55,6 +74,12 @@ def load_dq(
         row = gl.load(at + 1).to(gl.int32) + tile * (2 * ROWS // STACK)
         list_ptr, tiles = keys_ptr + gl.load(at + 3), (gl.load(at + 4) + gl.load(at + 5)).to(gl.int32) * PER
         kv_head = head // (num_heads // num_kv_heads)
+        for which in gl.static_range(2):
+            place, of_head, from_row = turn * 2 + which, head + which * (STACK - 1), row + which * ROWS * (2 - STACK)
+            mbarrier.wait(rows_empty.index(place), turn_phase)
+            mbarrier.expect(rows_ready.index(place), q_rows.block_type.nbytes + dout_rows.block_type.nbytes)
+            copy_in(q_rows, [batch, of_head, from_row, 0], rows_ready.index(place), q_ring.index(place))
+            copy_in(dout_rows, [batch, of_head, from_row, 0], rows_ready.index(place), dout_ring.index(place))
         if PACKED:
             # Keys end with their own sequence, so that nothing of the next one is read. A descriptor has one place in memory: the copies
             # through the old one must have landed.
@@ -63,24 +88,9 @@ def load_dq(
             key_end = gl.load(at + 7).to(gl.int32)
             k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_end), k_strides, BLOCK_N, D, k_layout)
             v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_end), v_strides, BLOCK_N, DV, v_layout)
-        for which in gl.static_range(2):
-            place, of_head, from_row = turn * 2 + which, head + which * (STACK - 1), row + which * ROWS * (2 - STACK)
-            mbarrier.wait(rows_empty.index(place), turn_phase)
-            mbarrier.expect(rows_ready.index(place), q_rows.block_type.nbytes + dout_rows.block_type.nbytes)
-            copy_in(q_rows, [batch, of_head, from_row, 0], rows_ready.index(place), q_ring.index(place))
-            copy_in(dout_rows, [batch, of_head, from_row, 0], rows_ready.index(place), dout_ring.index(place))
-        if tiles > 0:
-            key = gl.load(list_ptr)
-            for j in range(tiles):
-                after = gl.minimum(j + 1, tiles - 1)
-                following = gl.load(list_ptr + after // PER) + after % PER * BLOCK_N
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(k_ready.index(stage), k_rows.block_type.nbytes)
-                copy_in(k_rows, [batch, kv_head, key, 0], k_ready.index(stage), k_ring.index(stage))
-                mbarrier.expect(v_ready.index(stage), v_rows.block_type.nbytes)
-                copy_in(v_rows, [batch, kv_head, key, 0], v_ready.index(stage), v_ring.index(stage))
-                stage, phase = advance(stage, phase, RING)
-                key = following
+            stage, phase = load_keys(k_rows, v_rows, batch, kv_head, list_ptr, tiles, stage, phase, rings, bars, BLOCK_N, PER, RING)
+        else:
+            stage, phase = load_keys(all_k, all_v, batch, kv_head, list_ptr, tiles, stage, phase, rings, bars, BLOCK_N, PER, RING)
         turn, turn_phase = advance(turn, turn_phase, Q_RING)
         step += gl.num_programs(0)
 
