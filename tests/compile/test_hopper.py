@@ -54,7 +54,7 @@ def test_forward(dtype, dim, block, shared_heads, dim_v, options):
     assert facts["shared"] <= SHARED_MEMORY["sm_90"]
     # Products stand in the code three times for each consumer: before and in the loop over full tiles (after it for values), and in the
     # other loop. In the first loop a consumer waits with one product under way: its softmax overlaps the next products of keys.
-    listed = choose_hopper_form(dim, dim_v, block, shared_heads, options.get("capped", False)).listed_tokens
-    assert facts["wgmma"] == 2 * 3 * (dim + listed) // 16
+    form = choose_hopper_form(dim, dim_v, block, shared_heads, options.get("capped", False))
+    assert facts["wgmma"] == 2 * (3 * dim + (2 * form.join + 1) * form.listed_tokens) // 16
     assert facts["waits"].count("1") == 2
     assert facts["tma"] > 0 and facts["tensormaps"] == 3

@@ -17,6 +17,8 @@ from s2attn.testing.problems import Problem, make_problem, random_problem
 # pattern, T, S, H, G, D, DV, block, causal, query heads stacked
 CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, int, bool, int]] = {
     "block 64, two heads stacked": (Local(2) | Stride(3), 300, 300, 4, 2, 64, 64, 64, True, 2),
+    "many full entries": (Dense(), 200, 830, 2, 1, 64, 64, 64, True, 2),
+    "many full entries, 128 wide": (Dense(), 130, 500, 1, 1, 128, 128, 64, True, 1),
     "block 64, two rows paired": (Local(2) | Stride(3), 330, 330, 2, 2, 64, 64, 64, True, 1),
     "block 64, lists per query head": (Local(1) | Random(1, heads="query"), 200, 260, 2, 1, 64, 64, 64, True, 1),
     "block 64, 128 wide": (Local(2), 150, 150, 2, 1, 128, 128, 64, True, 2),
@@ -89,7 +91,7 @@ def test_random_masks_rings_and_orders(seed, launch, poisoned_empty):
     block = 128 if seed % 4 == 3 else 64
     n, m = (int(torch.randint(1, 420, ())) for _ in range(2))
     p = random_problem(heads, kv_heads, layout_heads, n, m, block, causal=seed % 2 == 0, batch=1 + seed % 2, width=64).to(torch.float16)
-    rings = {"ring": 1 + seed % 4, "line_ring": 1 + seed % 2}
+    rings = {"ring": 1 + seed % 4, "line_ring": 1 + seed % 2, "join": 2 if block == 64 and seed % 3 else 1}
     check(p, *launch(p, seed, programs=1 + seed % 5, **rings)[:2])
 
 
@@ -168,6 +170,7 @@ FAULTS = {
     "one arrival for two consumers": ("forward", "begin_barriers(k_empty, RING, 2)", "begin_barriers(k_empty, RING, 1)", 0),
     "phases that never flip": ("pieces", "gl.where(around, phase ^ 1, phase)", "phase", 0),
     "items left out": ("pieces", "(2 * around + 1) * programs - 1 - step", "(2 * around + 1) * programs - step", 0),
+    "a full entry left over, forgotten": ("forward", "q_tile, full % JOIN, others", "q_tile, 0, others", 0),
     "sums not scaled": ("forward", "return acc * gl.convert_layout(keep, OF_ROWS)[:, None], m_new", "return acc, m_new", 0),
     "the code of the other row": ("forward", "            code_ptr += which\n", "", 1),
     "the rows of another tile": ("forward", "place = row\n", "place = 0\n", 2),
@@ -176,7 +179,7 @@ FAULTS = {
     "rows beyond the end": ("forward", "mask=(lane < count)[:, None]", "mask=(lane < ROWS)[:, None]", 3),
     "a descriptor made too early": ("forward", "gl.where(i < stage, phase ^ 1, phase)", "1", 3),
 }
-PLACES = ["block 64, two heads stacked", "block 64, two rows paired", "block 256", "packed"]
+PLACES = ["many full entries", "block 64, two rows paired", "block 256", "packed"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -187,3 +190,49 @@ def test_planted_faults_are_caught(name, launch, poisoned_empty, tmp_path):
     with pytest.raises(AssertionError):
         for seed in range(3):
             check(p, *launch(p, seed, faulty=kernel, ring=2)[:2])
+
+
+def test_objections():
+    from s2attn.backends import Scoring
+    from s2attn.backends.triton.hopper import can_copy, hopper_objections
+
+    q, k, v = (torch.zeros(2, 80, heads, 64, dtype=torch.float16) for heads in (2, 1, 1))
+    layout, plain = build_layout(Dense(), 2, 1, 80), Scoring(0.1)
+    assert hopper_objections("forward", q, k, v, layout, plain) == []
+    assert hopper_objections("dq", q, k, v, layout, plain) == ["a kernel for dq: there is one for forward"]
+    assert hopper_objections("forward", q.float(), k.float(), v.float(), layout, plain) == ["float16 or bfloat16, not torch.float32"]
+    assert hopper_objections("forward", q[..., :48], k[..., :48], v, layout, plain) == ["head width 48 is not 64 or 128"]
+    assert hopper_objections("forward", q, k, v, build_layout(Dense(), 2, 1, 80, block=32), plain) == [
+        "blocks of 64 tokens or more, not 32"
+    ]
+    assert hopper_objections("forward", q, k, v, layout, Scoring(-0.1)) == ["a scale above 0 where there is no soft-cap, not -0.1"]
+    assert hopper_objections("forward", q, k, v, layout, Scoring(-0.1, 3.0)) == []
+    assert "a descriptor of no rows" in hopper_objections("forward", q, k[:, :0], v[:, :0], layout, plain)[0]
+    assert (
+        can_copy(q, k, v) and not can_copy(k.expand(2, 80, 2, 64)) and not can_copy(torch.zeros(1, 4, 1, 65, dtype=torch.float16)[..., :64])
+    )
+
+
+def test_only_hopper_takes_it():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from s2attn.backends.triton import Triton
+    from s2attn.backends.triton.backend import find_tiles
+    from s2attn.backends.triton.ways import can_take
+
+    assert not can_take("hopper", torch.device("cpu"), torch.float16)
+    p = problem("not causal, full only", torch.float16)
+    backend = Triton(lambda *given: replace(find_tiles(*given), form="hopper"))
+    out, lse = backend.forward(*p.arguments)
+    check(p, out, lse)
+    assert [way.special for way in backend._prepared[p.layout].ways.values()] == [None]
+
+
+def test_masks_as_words():
+    from s2attn.backends.triton.hopper import mask_words
+
+    tiles = torch.rand(3, 128, 128) < 0.5
+    words = mask_words(tiles)
+    assert words.shape == (3 * 128, 2) and words.dtype == torch.int64
+    bits = (words[..., None] >> torch.arange(64)) & 1
+    assert torch.equal(bits.view(3, 128, 128).bool(), tiles)
+    assert mask_words(tiles[:0]).shape == (0, 2)

@@ -22,16 +22,27 @@ KEPT_FREE = 2048
 """Bytes of shared memory for barriers, and for what the compiler hands to the warp groups."""
 
 
-def choose_dq_form(dim: int, dim_v: int, block: int, shared_heads: int) -> HopperForm:
+@dataclass(frozen=True)
+class DqForm(HopperForm):
+    """The form of a dq kernel, which takes its tiles one by one (``join`` is 1)."""
+
+    def constants(self, block: int) -> dict[str, int]:
+        return {
+            "BLOCK_N": self.listed_tokens, "RB": block, "STACK": self.stack, "SUBS": self.per_block(block), "RING": self.ring,
+            "Q_RING": self.line_ring,
+        }  # fmt: skip
+
+
+def choose_dq_form(dim: int, dim_v: int, block: int, shared_heads: int) -> DqForm:
     """The form of the dq kernel for such widths (64 or 128), blocks (64 or more) and query heads that share keys and lists.
 
     >>> choose_dq_form(128, 128, 64, 4)
-    HopperForm(stack=2, listed_tokens=64, ring=3, line_ring=2)
+    DqForm(stack=2, listed_tokens=64, join=1, ring=3, line_ring=2)
     """
     stack = 2 if block < TALL and shared_heads % 2 == 0 else 1
     both, listed = 2 * (dim + dim_v), 64  # bytes of a row of q and dout, or of k and v
     room = SHARED_MEMORY["sm_90"] - KEPT_FREE - 2 * TALL * both
-    return HopperForm(stack, listed, min(room // (listed * both), MOST_STAGES))
+    return DqForm(stack, listed, 1, min(room // (listed * both), MOST_STAGES))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from s2attn.kernels.hopper.names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from s2attn.kernels.hopper.pieces import ABSENT, advance, allowed_keys, begin_barriers, in_turn, read_work, rows_of
+from s2attn.kernels.hopper.pieces import ABSENT, FULL, advance, allowed_keys, as_tiles, begin_barriers, in_turn, read_work, rows_of
 from s2attn.kernels.pieces.scores import LN2, LOG2E, log2_logits
 
 ROWS = gl.constexpr(64)
@@ -17,27 +17,49 @@ ROWS = gl.constexpr(64)
 
 @gluon.jit
 def load_tiles(
-    k_rows, v_rows, batch, kv_head, list_ptr, entries, stage, phase, keys, BLOCK_N: gl.constexpr, RB: gl.constexpr, RING: gl.constexpr
+    k_rows, v_rows, batch, kv_head, list_ptr, tiles, stage, phase, keys,
+    TILE: gl.constexpr, RB: gl.constexpr, JOIN: gl.constexpr, RING: gl.constexpr, USED: gl.constexpr,
 ):  # fmt: skip
-    """Load keys and values of every tile of a list, as places in the rings become free."""
+    """Load USED tiles of TILE keys into each stage, keys and values, until a list is at its end, as stages become free."""
     k_ring, v_ring, k_ready, k_empty, v_ready, v_empty = keys
-    PER: gl.constexpr = RB // BLOCK_N
-    for j in range(entries * PER):
-        key = gl.load(list_ptr + j // PER) + j % PER * BLOCK_N
+    PER: gl.constexpr = RB // TILE
+    for j in range(tiles // USED):
         mbarrier.wait(k_empty.index(stage), phase)
-        mbarrier.expect(k_ready.index(stage), k_rows.block_type.nbytes)
-        copy_in(k_rows, [batch, kv_head, key, 0], k_ready.index(stage), k_ring.index(stage))
+        mbarrier.expect(k_ready.index(stage), USED * k_rows.block_type.nbytes)
+        for i in gl.static_range(USED):
+            at = j * USED + i
+            key = gl.load(list_ptr + at // PER) + at % PER * TILE
+            copy_in(k_rows, [batch, kv_head, key, 0], k_ready.index(stage), k_ring.index(stage * JOIN + i))
         mbarrier.wait(v_empty.index(stage), phase)
-        mbarrier.expect(v_ready.index(stage), v_rows.block_type.nbytes)
-        copy_in(v_rows, [batch, kv_head, key, 0], v_ready.index(stage), v_ring.index(stage))
+        mbarrier.expect(v_ready.index(stage), USED * v_rows.block_type.nbytes)
+        for i in gl.static_range(USED):
+            at = j * USED + i
+            key = gl.load(list_ptr + at // PER) + at % PER * TILE
+            copy_in(v_rows, [batch, kv_head, key, 0], v_ready.index(stage), v_ring.index(stage * JOIN + i))
         stage, phase = advance(stage, phase, RING)
     return stage, phase
 
 
 @gluon.jit
+def load_list(
+    k_rows, v_rows, batch, kv_head, list_ptr, full, others, stage, phase, keys,
+    TILE: gl.constexpr, RB: gl.constexpr, JOIN: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Load the tiles of a list: of the full ones JOIN to a stage as long as there are so many, then one to a stage."""
+    if JOIN == 2:
+        joined = full // 2 * 2
+        stage, phase = load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, joined, stage, phase, keys, TILE, RB, JOIN, RING, 2)
+        return load_tiles(
+            k_rows, v_rows, batch, kv_head, list_ptr + joined, full - joined + others, stage, phase, keys, TILE, RB, JOIN, RING, 1
+        )
+    else:
+        return load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, full + others, stage, phase, keys, TILE, RB, JOIN, RING, 1)
+
+
+@gluon.jit
 def load_forward(
     q_ptr, k_ptr, v_ptr, work_ptr, keys_ptr, extents, q_strides, k_strides, v_strides, queries, keys,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The producer: queries of both consumers, then keys and values of every listed tile; it runs ahead into the next items."""
@@ -49,8 +71,8 @@ def load_forward(
     v_layout: gl.constexpr = v_ring.layout
     shared = num_heads // layout_heads
     q_rows = rows_of(q_ptr, (batches, num_heads, tokens), q_strides, ROWS, D, q_layout)
-    all_k = rows_of(k_ptr, (batches, num_kv_heads, key_tokens), k_strides, BLOCK_N, D, k_layout)
-    all_v = rows_of(v_ptr, (batches, num_kv_heads, key_tokens), v_strides, BLOCK_N, DV, v_layout)
+    all_k = rows_of(k_ptr, (batches, num_kv_heads, key_tokens), k_strides, TILE, D, k_layout)
+    all_v = rows_of(v_ptr, (batches, num_kv_heads, key_tokens), v_strides, TILE, DV, v_layout)
     stage = 0
     phase = 1
     turn = 0
@@ -70,7 +92,8 @@ def load_forward(
                 copy_in(q_rows, [batch, head, row + which * ROWS, 0], q_ready.index(place), q_ring.index(place))
         kv_head = head // (num_heads // num_kv_heads)
         list_ptr = keys_ptr + gl.load(at + 3)
-        entries = (gl.load(at + 4) + gl.load(at + 5)).to(gl.int32)
+        full = gl.load(at + 4).to(gl.int32) * (RB // TILE)
+        others = gl.load(at + 5).to(gl.int32) * (RB // TILE)
         if PACKED:
             # Keys end with their own sequence, so that nothing of the next one is read. A descriptor has one place in memory: the copies
             # through the old one must have landed, of which the last ones are in the last stages used.
@@ -78,11 +101,11 @@ def load_forward(
                 mbarrier.wait(k_ready.index(i), gl.where(i < stage, phase ^ 1, phase))
                 mbarrier.wait(v_ready.index(i), gl.where(i < stage, phase ^ 1, phase))
             key_end = gl.load(at + 7).to(gl.int32)
-            k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_end), k_strides, BLOCK_N, D, k_layout)
-            v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_end), v_strides, BLOCK_N, DV, v_layout)
-            stage, phase = load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, entries, stage, phase, keys, BLOCK_N, RB, RING)
+            k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_end), k_strides, TILE, D, k_layout)
+            v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_end), v_strides, TILE, DV, v_layout)
+            stage, phase = load_list(k_rows, v_rows, batch, kv_head, list_ptr, full, others, stage, phase, keys, TILE, RB, JOIN, RING)
         else:
-            stage, phase = load_tiles(all_k, all_v, batch, kv_head, list_ptr, entries, stage, phase, keys, BLOCK_N, RB, RING)
+            stage, phase = load_list(all_k, all_v, batch, kv_head, list_ptr, full, others, stage, phase, keys, TILE, RB, JOIN, RING)
         turn, q_phase = advance(turn, q_phase, Q_RING)
         step += gl.num_programs(0)
 
@@ -116,30 +139,30 @@ def softmax_tile(
 
 @gluon.jit
 def fold_full(
-    acc, m_i, l_i, q_tile, tiles, stage, phase, keys, scores,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RING: gl.constexpr, CAPPED: gl.constexpr,
+    acc, m_i, l_i, q_tile, stages, stage, phase, wide, scores,
+    WIDE: gl.constexpr, RING: gl.constexpr, CAPPED: gl.constexpr,
     OF_PAIRS: gl.constexpr, OF_OUT: gl.constexpr,
 ):  # fmt: skip
-    """Fold ``tiles`` tiles that are seen in full: the softmax of each runs while the products of queries and the next keys do."""
+    """Fold ``stages`` stages of keys that are seen in full: the softmax of each runs while the products of queries and the next keys do."""
     factor, cap_log2 = scores
-    k_ring, v_ring, k_ready, k_empty, v_ready, v_empty = keys
+    k_ring, v_ring, k_ready, k_empty, v_ready, v_empty = wide
     rows: gl.constexpr = gl.SliceLayout(1, OF_OUT)
     operand: gl.constexpr = gl.DotOperandLayout(0, OF_OUT, 2)
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, OF_PAIRS)
-    if tiles > 0:
+    zeros = gl.zeros([ROWS, WIDE], gl.float32, OF_PAIRS)
+    if stages > 0:
         mbarrier.wait(k_ready.index(stage), phase)
-        products = warpgroup_mma(q_tile, k_ring.index(stage).reshape([BLOCK_N, D]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        products = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         products = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        for _j in range(tiles - 1):
+        for _j in range(stages - 1):
             next_stage, next_phase = advance(stage, phase, RING)
             mbarrier.wait(k_ready.index(next_stage), next_phase)
-            k_tile = k_ring.index(next_stage).reshape([BLOCK_N, D]).permute((1, 0))
+            k_tile = k_ring.index(next_stage).permute((1, 0))
             coming = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
             acc, m_i, l_i, p = softmax_tile(acc, m_i, l_i, products, zeros, factor, cap_log2, rows, CAPPED, False)
             p = gl.convert_layout(p.to(v_ring.dtype), operand)
             mbarrier.wait(v_ready.index(stage), phase)
-            summed = warpgroup_mma(p, v_ring.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+            summed = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
             products = warpgroup_mma_wait(1, deps=[coming])
             mbarrier.arrive(k_empty.index(next_stage), count=1)
             acc = warpgroup_mma_wait(0, deps=[summed])
@@ -149,7 +172,7 @@ def fold_full(
         acc, m_i, l_i, p = softmax_tile(acc, m_i, l_i, products, zeros, factor, cap_log2, rows, CAPPED, False)
         p = gl.convert_layout(p.to(v_ring.dtype), operand)
         mbarrier.wait(v_ready.index(stage), phase)
-        summed = warpgroup_mma(p, v_ring.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+        summed = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[summed])
         mbarrier.arrive(v_empty.index(stage), count=1)
         stage, phase = advance(stage, phase, RING)
@@ -158,35 +181,39 @@ def fold_full(
 
 @gluon.jit
 def fold_others(
-    acc, m_i, l_i, q_tile, entries, code_ptr, bits_ptr, place, stage, phase, keys, scores,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, RING: gl.constexpr, CODES: gl.constexpr,
+    acc, m_i, l_i, q_tile, single, others, code_ptr, bits_ptr, place, stage, phase, tiles, scores,
+    TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, RING: gl.constexpr, CODES: gl.constexpr,
     CAPPED: gl.constexpr, OF_PAIRS: gl.constexpr, OF_OUT: gl.constexpr,
 ):  # fmt: skip
-    """Fold the other entries, each by its code, every CODES-th from ``code_ptr`` on; ``place``: where the rows lie in their mask tiles."""
+    """Fold tiles one by one: ``single`` full ones, then those of the other entries, each by its code, every CODES-th from ``code_ptr`` on.
+
+    ``place``: where the rows lie in their mask tiles.
+    """
     factor, cap_log2 = scores
-    k_ring, v_ring, k_ready, k_empty, v_ready, v_empty = keys
+    k_ring, v_ring, k_ready, k_empty, v_ready, v_empty = tiles
     rows: gl.constexpr = gl.SliceLayout(1, OF_OUT)
     operand: gl.constexpr = gl.DotOperandLayout(0, OF_OUT, 2)
-    PER: gl.constexpr = RB // BLOCK_N
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, OF_PAIRS)
-    for j in range(entries * PER):
-        code = gl.load(code_ptr + j // PER * CODES)
+    PER: gl.constexpr = RB // TILE
+    zeros = gl.zeros([ROWS, TILE], gl.float32, OF_PAIRS)
+    for j in range(single + others):
+        at = j - single
+        code = gl.load(code_ptr + at // PER * CODES, mask=at >= 0, other=FULL)
         mbarrier.wait(k_ready.index(stage), phase)
         if code == ABSENT:
             # The other consumer wants this tile; waiting for it keeps this one from running around the ring.
             mbarrier.arrive(k_empty.index(stage), count=1)
             mbarrier.wait(v_ready.index(stage), phase)
         else:
-            k_tile = k_ring.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
+            k_tile = k_ring.index(stage * JOIN).permute((1, 0))
             products = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
-            words = j % PER * (BLOCK_N // 64)
-            allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, BLOCK_N, OF_PAIRS)
+            words = at % PER * (TILE // 64)
+            allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, TILE, OF_PAIRS)
             products = warpgroup_mma_wait(0, deps=[products])
             mbarrier.arrive(k_empty.index(stage), count=1)
             acc, m_i, l_i, p = softmax_tile(acc, m_i, l_i, products, allowed, factor, cap_log2, rows, CAPPED, True)
             p = gl.convert_layout(p.to(v_ring.dtype), operand)
             mbarrier.wait(v_ready.index(stage), phase)
-            summed = warpgroup_mma(p, v_ring.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+            summed = warpgroup_mma(p, v_ring.index(stage * JOIN), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[summed])
         mbarrier.arrive(v_empty.index(stage), count=1)
         stage, phase = advance(stage, phase, RING)
@@ -213,14 +240,15 @@ def store_forward(
 
 @gluon.jit
 def attend_forward(
-    which, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides, queries, keys,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    which, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides, queries, wide, tiles,
+    D: gl.constexpr, DV: gl.constexpr, TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, CAPPED: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 rows of one head of each item against every listed tile."""
     items, batches, num_heads, layout_heads = counts
     q_ring, q_ready, q_empty = queries
-    of_pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    of_pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    of_wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE * JOIN, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     # Query blocks of 64 that are not stacked come in pairs with a code for each; otherwise both consumers read one code.
     CODES: gl.constexpr = 2 if STACK == 1 and RB == ROWS else 1
@@ -238,8 +266,8 @@ def attend_forward(
             head += which
         else:
             row += which * ROWS
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, of_pairs))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, of_pairs))
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, of_wide))
+        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, of_wide))
         if SINKS:
             m_i = gl.maximum(m_i, gl.load(sinks_ptr + head).to(gl.float32) * LOG2E)
             l_i = gl.where(m_i == float("-inf"), 0.0, 1.0)
@@ -252,13 +280,16 @@ def attend_forward(
         own = turn * 2 + which
         mbarrier.wait(q_ready.index(own), q_phase)
         q_tile = q_ring.index(own).reshape([ROWS, D])
+        full = gl.load(at + 4).to(gl.int32) * (RB // TILE)
+        others = gl.load(at + 5).to(gl.int32) * (RB // TILE)
         acc, m_i, l_i, stage, phase = fold_full(
-            acc, m_i, l_i, q_tile, gl.load(at + 4).to(gl.int32) * (RB // BLOCK_N), stage, phase, keys, scores,
-            D, DV, BLOCK_N, RING, CAPPED, of_pairs, of_out,
-        )  # fmt: skip
+            acc, m_i, l_i, q_tile, full // JOIN, stage, phase, wide, scores, TILE * JOIN, RING, CAPPED, of_wide, of_out
+        )
+        m_i = gl.convert_layout(m_i, gl.SliceLayout(1, of_pairs))
+        l_i = gl.convert_layout(l_i, gl.SliceLayout(1, of_pairs))
         acc, m_i, l_i, stage, phase = fold_others(
-            acc, m_i, l_i, q_tile, gl.load(at + 5).to(gl.int32), code_ptr, bits_ptr, place, stage, phase, keys, scores,
-            D, DV, BLOCK_N, RB, RING, CODES, CAPPED, of_pairs, of_out,
+            acc, m_i, l_i, q_tile, full % JOIN, others, code_ptr, bits_ptr, place, stage, phase, tiles, scores,
+            TILE, JOIN, RB, RING, CODES, CAPPED, of_pairs, of_out,
         )  # fmt: skip
         mbarrier.arrive(q_empty.index(own), count=1)
         of_out_head = out_ptr + batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[2]
@@ -279,7 +310,7 @@ def hopper_forward_kernel(
     q_batch: gl.int64, q_token: gl.int64, q_head: gl.int64, k_batch: gl.int64, k_token: gl.int64, k_head: gl.int64,
     v_batch: gl.int64, v_token: gl.int64, v_head: gl.int64, out_batch: gl.int64, out_token: gl.int64, out_head: gl.int64,
     lse_batch: gl.int64, lse_head: gl.int64,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, CAPPED: gl.constexpr, SINKS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """``out = softmax(logits) v`` and its natural-log lse; grid ``(programs,)``, at most one for each item.
@@ -293,14 +324,17 @@ def hopper_forward_kernel(
       of the line: FULL, ABSENT, or the number of a mask tile; ``bits_ptr`` int64 has these, RB rows of RB / 64 words, lowest bit first.
     * ``factor`` (positive without a soft-cap) and ``cap_log2`` are those of `s2attn.kernels.pieces.scores.log2_logits`.
     * PACKED: keys end with their own sequence, else with ``key_tokens``. RING stages of K and V; queries are loaded Q_RING items ahead.
+    * A stage holds JOIN tiles of TILE keys; 2 only where a row of a tile is 128 bytes wide, so that two tiles in memory are one of twice
+      the height. Full entries fill stages; what is left of them, and the others, take a stage for each tile.
     """
+    gl.static_assert(JOIN == 1 or (D == 64 and DV == 64 and RB == TILE), "only rows of 128 bytes lie one below the other")
     kind: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, D], kind)
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_N, D], kind)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_N, DV], kind)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, TILE, D], kind)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, TILE, DV], kind)
     q_ring = gl.allocate_shared_memory(kind, [2 * Q_RING, 1, 1, ROWS, D], q_layout)
-    k_ring = gl.allocate_shared_memory(kind, [RING, 1, 1, BLOCK_N, D], k_layout)
-    v_ring = gl.allocate_shared_memory(kind, [RING, 1, 1, BLOCK_N, DV], v_layout)
+    k_ring = gl.allocate_shared_memory(kind, [RING * JOIN, 1, 1, TILE, D], k_layout)
+    v_ring = gl.allocate_shared_memory(kind, [RING * JOIN, 1, 1, TILE, DV], v_layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [2 * Q_RING, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_RING, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -318,6 +352,8 @@ def hopper_forward_kernel(
     extents = (items, batches, num_heads, num_kv_heads, layout_heads, tokens, key_tokens)
     queries = (q_ring, q_ready, q_empty)
     keys = (k_ring, v_ring, k_ready, k_empty, v_ready, v_empty)
+    wide = (as_tiles(k_ring, RING, TILE * JOIN, D), as_tiles(v_ring, RING, TILE * JOIN, DV), k_ready, k_empty, v_ready, v_empty)
+    tiles = (as_tiles(k_ring, RING * JOIN, TILE, D), as_tiles(v_ring, RING * JOIN, TILE, DV), k_ready, k_empty, v_ready, v_empty)
     q_strides = (q_batch, q_token, q_head)
     k_strides = (k_batch, k_token, k_head)
     v_strides = (v_batch, v_token, v_head)
@@ -326,9 +362,9 @@ def hopper_forward_kernel(
     scores = (factor, cap_log2)
     gl.warp_specialize([
         (attend_forward, (0, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides,
-                          queries, keys, D, DV, BLOCK_N, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
+                          queries, wide, tiles, D, DV, TILE, JOIN, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
         (attend_forward, (1, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides,
-                          queries, keys, D, DV, BLOCK_N, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
+                          queries, wide, tiles, D, DV, TILE, JOIN, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
         (load_forward, (q_ptr, k_ptr, v_ptr, work_ptr, keys_ptr, extents, q_strides, k_strides, v_strides, queries, keys,
-                        D, DV, BLOCK_N, RB, STACK, SUBS, RING, Q_RING, PACKED)),
+                        D, DV, TILE, JOIN, RB, STACK, SUBS, RING, Q_RING, PACKED)),
     ], [4, 1], [232, 40])  # fmt: skip

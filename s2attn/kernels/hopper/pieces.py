@@ -39,6 +39,13 @@ def rows_of(pointer, counts, strides, BOX: gl.constexpr, D: gl.constexpr, LAYOUT
 
 
 @gluon.jit
+def as_tiles(ring, COUNT: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
+    """A ring of boxes, as the copy engine fills it, seen as COUNT tiles of ROWS rows, as products read it."""
+    kind: gl.constexpr = ring.dtype
+    return ring._reinterpret(kind, [COUNT, ROWS, D], gl.NVMMASharedLayout.get_default_for([ROWS, D], kind))
+
+
+@gluon.jit
 def begin_barriers(bars, COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """Initialise an array of barriers."""
     for i in gl.static_range(COUNT):

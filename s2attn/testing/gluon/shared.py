@@ -83,6 +83,11 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return self._part(self.array.reshape(tuple(shape)), self.name)
 
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+        if dtype != self.dtype:
+            raise ProtocolError(f"{self.name} of {self.dtype} is taken for {dtype}")
+        return self.reshape(shape)
+
     def load(self, layout: Any = None) -> Value:
         """A synchronous read by the partition whose turn it is."""
         self.check_readable(self._order.current, "reads", generic=True)
