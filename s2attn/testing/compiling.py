@@ -151,7 +151,7 @@ def compile_hopper(
     """
     kernel = getattr(import_module(f"s2attn.kernels.hopper.{op}"), f"hopper_{op}_kernel")
     dim_v = dim if dim_v is None else dim_v
-    form = choose_hopper_form(dim, dim_v, block, shared_heads, capped)
+    form = choose_hopper_form(dim, dim_v, block, shared_heads)
     constants = {"D": dim, "DV": dim_v, **form.constants(block), "CAPPED": capped, "SINKS": sinks, "PACKED": packed}
     return _compiled(kernel, "sm_90", dtype, constants, {"num_warps": 4})
 
@@ -200,6 +200,32 @@ def _written_down(amdgcn: str) -> tuple[int, int]:
     return registers, private
 
 
+def exponentials_beside_products(ptx: str) -> int:
+    """Exponentials that stand in the machine code for Hopper after the begin of a product that is not yet waited for."""
+    beside, under_way = 0, False
+    for line in _machine_code(ptx):
+        if "HGMMA" in line or "WARPGROUP.DEPBAR" in line:
+            under_way = "HGMMA" in line
+        beside += under_way and "MUFU.EX2" in line
+    return beside
+
+
+def _machine_code(ptx: str) -> list[str]:
+    """The instructions that the assembler makes, one in a line."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        _tool(knobs.nvidia.ptxas, "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin")))
+        return _tool(knobs.nvidia.cuobjdump, "-sass", str(path.with_suffix(".cubin"))).stdout.splitlines()
+
+
+def _tool(tool: Any, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the programs that Triton brings."""
+    return subprocess.run([shutil.which(tool.path) or tool.path, *words], capture_output=True, text=True, check=True)
+
+
 def _assembled(ptx: str, arch: int) -> tuple[int, int]:
     """Registers per thread and bytes of spills, from the assembler that Triton brings."""
     from triton import knobs
@@ -210,8 +236,7 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [shutil.which(tool.path) or tool.path, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = _tool(tool, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     spills = sum(int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said))
     return registers, spills

@@ -55,8 +55,8 @@ class Prepared:
         heads, kv_heads = q.shape[2], k.shape[2]
         shared = heads // max(layout.heads, kv_heads)
         if name == "hopper":
-            form = choose_hopper_form(q.shape[-1], v.shape[-1], layout.block, shared, scoring.softcap is not None)
-            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=False)
+            form = choose_hopper_form(q.shape[-1], v.shape[-1], layout.block, shared)
+            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), hopper.WORD, cut=False)
             return hopper_way(op, form, layout, walk)
         form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, shared)
         walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=op == "dkv")
