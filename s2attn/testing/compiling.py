@@ -156,7 +156,7 @@ def compile_hopper(
     dim_v = dim if dim_v is None else dim_v
     flags = {"CAPPED": capped, "PACKED": packed}
     if op == "forward":
-        form, flags["SINKS"] = choose_hopper_form(dim, dim_v, block, shared_heads, capped), sinks
+        form, flags["SINKS"] = choose_hopper_form(dim, dim_v, block, shared_heads), sinks
     else:
         form = choose_dq_form(dim, dim_v, block, shared_heads) if op == "dq" else choose_column_form(dim, dim_v, block, capped)
     constants = {"D": dim, "DV": dim_v, **form.constants(block), **flags}
@@ -207,6 +207,32 @@ def _written_down(amdgcn: str) -> tuple[int, int]:
     return registers, private
 
 
+def exponentials_beside_products(ptx: str) -> int:
+    """Exponentials that stand in the machine code for Hopper after the begin of a product that is not yet waited for."""
+    beside, under_way = 0, False
+    for line in _machine_code(ptx):
+        if "HGMMA" in line or "WARPGROUP.DEPBAR" in line:
+            under_way = "HGMMA" in line
+        beside += under_way and "MUFU.EX2" in line
+    return beside
+
+
+def _machine_code(ptx: str) -> list[str]:
+    """The instructions that the assembler makes, one in a line."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        _tool(knobs.nvidia.ptxas, "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin")))
+        return _tool(knobs.nvidia.cuobjdump, "-sass", str(path.with_suffix(".cubin"))).stdout.splitlines()
+
+
+def _tool(tool: Any, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the programs that Triton brings."""
+    return subprocess.run([shutil.which(tool.path) or tool.path, *words], capture_output=True, text=True, check=True)
+
+
 def _assembled(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
     """Registers per thread, bytes of spills and remarks, from the assembler that Triton brings."""
     from triton import knobs
@@ -217,8 +243,7 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [shutil.which(tool.path) or tool.path, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = _tool(tool, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     spills = sum(int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said))
     return registers, spills, tuple(re.findall(r"\(C75\d\d\)[^\n]*", said))

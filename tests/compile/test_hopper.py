@@ -13,12 +13,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CODE = """
 import json, re, sys
-from s2attn.testing.compiling import compile_hopper
+from s2attn.testing.compiling import compile_hopper, exponentials_beside_products
 made = compile_hopper(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]))
 facts = {"registers": made.registers, "spills": made.spill_bytes, "shared": made.shared_bytes, "warps": made.warps, "wgmma": made.wgmma}
 waits = re.findall(r"wgmma.wait_group.sync.aligned (\\d+)", made.text)
 tma, tensormaps = (made.text.count(name) for name in ("cp.async.bulk.tensor", "tensormap.cp_fenceproxy"))
-print(json.dumps({**facts, "handed_over": made.handed_over, "waits": waits, "tma": tma, "tensormaps": tensormaps}))
+facts |= {"handed_over": made.handed_over, "beside": exponentials_beside_products(made.text)}
+print(json.dumps({**facts, "waits": waits, "tma": tma, "tensormaps": tensormaps}))
 """
 
 
@@ -54,7 +55,9 @@ def test_forward(dtype, dim, block, shared_heads, dim_v, options):
     assert facts["shared"] <= SHARED_MEMORY["sm_90"]
     # Products stand in the code three times for each consumer: before and in the loop over full tiles (after it for values), and in the
     # other loop. In the first loop a consumer waits with one product under way: its softmax overlaps the next products of keys.
-    form = choose_hopper_form(dim, dim_v, block, shared_heads, options.get("capped", False))
-    assert facts["wgmma"] == 2 * (3 * dim + (2 * form.join + 1) * form.listed_tokens) // 16
+    join = choose_hopper_form(dim, dim_v, block, shared_heads).join
+    assert facts["wgmma"] == 2 * (3 * dim + (2 * join + 1) * 64) // 16
     assert facts["waits"].count("1") == 2
+    # The compiler may still put products after the softmax; of its 32 exponentials for a thread and tile most must stand beside them.
+    assert facts["beside"] > 2 * 0.7 * 32 * join
     assert facts["tma"] > 0 and facts["tensormaps"] == 3

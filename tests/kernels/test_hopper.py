@@ -91,7 +91,7 @@ def test_random_masks_rings_and_orders(seed, launch, poisoned_empty):
     block = 128 if seed % 4 == 3 else 64
     n, m = (int(torch.randint(1, 420, ())) for _ in range(2))
     p = random_problem(heads, kv_heads, layout_heads, n, m, block, causal=seed % 2 == 0, batch=1 + seed % 2, width=64).to(torch.float16)
-    rings = {"ring": 1 + seed % 4, "line_ring": 1 + seed % 2, "join": 2 if block == 64 and seed % 3 else 1}
+    rings = {"ring": 1 + seed % 4, "line_ring": 1 + seed % 2, "join": 2 if seed % 3 else 1}
     check(p, *launch(p, seed, programs=1 + seed % 5, **rings)[:2])
 
 
@@ -199,7 +199,9 @@ def test_objections():
     q, k, v = (torch.zeros(2, 80, heads, 64, dtype=torch.float16) for heads in (2, 1, 1))
     layout, plain = build_layout(Dense(), 2, 1, 80), Scoring(0.1)
     assert hopper_objections("forward", q, k, v, layout, plain) == []
-    assert hopper_objections("dq", q, k, v, layout, plain) == ["a kernel for dq: there is one for forward"]
+    assert hopper_objections("dq", q, k, v, layout, Scoring(-0.1)) == hopper_objections("dkv", q, k, v, layout, plain) == []
+    apart = build_layout(Random(1, heads="query"), 2, 1, 80)
+    assert hopper_objections("dkv", q, k, v, apart, plain) == ["the same lists for all query heads of a group, not 2 lists for 1 KV heads"]
     assert hopper_objections("forward", q.float(), k.float(), v.float(), layout, plain) == ["float16 or bfloat16, not torch.float32"]
     assert hopper_objections("forward", q[..., :48], k[..., :48], v, layout, plain) == ["head width 48 is not 64 or 128"]
     assert hopper_objections("forward", q, k, v, build_layout(Dense(), 2, 1, 80, block=32), plain) == [

@@ -21,7 +21,7 @@ from s2attn.layout import Layout, Spans
 OPS = ("forward", "dq", "dkv")
 """What there is a Hopper kernel for."""
 WORD = 64
-"""Keys in a word of a mask tile."""
+"""Keys in a word of a mask tile, and in a tile."""
 MOST_STAGES = 6
 BARRIERS = 2048
 """Bytes of shared memory that are left for barriers and for the making of descriptors."""
@@ -33,14 +33,12 @@ class HopperForm:
 
     Attributes:
         stack: 2 where the consumers take the same 64 tokens of two query heads, 1 where they take 128 neighbours.
-        listed_tokens: of a tile of keys.
-        join: tiles of full entries that are taken at once.
+        join: tiles of 64 keys, of full entries, that are taken at once.
         ring: stages of ``join`` tiles of keys, and as many of values, that are loaded ahead.
         line_ring: items whose queries are loaded ahead.
     """
 
     stack: int
-    listed_tokens: int
     join: int
     ring: int
     line_ring: int = 2
@@ -56,29 +54,26 @@ class HopperForm:
     def constants(self, block: int) -> dict[str, int]:
         """The compile-time numbers that make the form."""
         return {
-            "TILE": self.listed_tokens, "JOIN": self.join, "RB": block, "STACK": self.stack, "SUBS": self.per_block(block),
-            "RING": self.ring, "Q_RING": self.line_ring,
+            "JOIN": self.join, "RB": block, "STACK": self.stack, "SUBS": self.per_block(block), "RING": self.ring,
+            "Q_RING": self.line_ring,
         }  # fmt: skip
 
 
-def choose_hopper_form(dim: int, dim_v: int, block: int, shared_heads: int, capped: bool = False) -> HopperForm:
+def choose_hopper_form(dim: int, dim_v: int, block: int, shared_heads: int) -> HopperForm:
     """The form of the forward kernel for such widths (64 or 128), blocks (64 or more) and query heads that share keys and lists.
 
-    Tiles of 128 keys cost fewer instructions than two of 64; at width 64 two blocks of 64 lie in memory like one of 128, and are joined.
-    ``capped``: with a soft-cap, whose arithmetic needs registers: with 128 keys in a tile they are too few at width 128.
+    Two tiles taken at once cost fewer instructions. At width 64 they lie in memory like one of 128 keys; at 128 there are not registers
+    enough for it: the compiler then puts the products after the softmax that they should run beside.
 
     >>> choose_hopper_form(128, 128, 64, 4)
-    HopperForm(stack=2, listed_tokens=64, join=1, ring=5, line_ring=2)
-    >>> choose_hopper_form(128, 128, 128, 4)
-    HopperForm(stack=1, listed_tokens=128, join=1, ring=2, line_ring=2)
+    HopperForm(stack=2, join=1, ring=5, line_ring=2)
     >>> choose_hopper_form(64, 64, 64, 4)
-    HopperForm(stack=2, listed_tokens=64, join=2, ring=6, line_ring=2)
+    HopperForm(stack=2, join=2, ring=6, line_ring=2)
     """
     stack = 2 if block < TALL and shared_heads % 2 == 0 else 1
-    listed = 64 if capped and max(dim, dim_v) > 64 else min(block, TALL)
-    join = 2 if listed == block == 64 and dim == dim_v == 64 else 1
-    queries, stage = 2 * TALL * dim * 2, join * listed * (dim + dim_v) * 2
-    return HopperForm(stack, listed, join, min((SHARED_MEMORY["sm_90"] - BARRIERS - queries) // stage, MOST_STAGES))
+    join = 2 if dim == dim_v == 64 else 1
+    queries, stage = 2 * TALL * dim * 2, join * WORD * (dim + dim_v) * 2
+    return HopperForm(stack, join, min((SHARED_MEMORY["sm_90"] - BARRIERS - queries) // stage, MOST_STAGES))
 
 
 def hopper_objections(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> list[str]:

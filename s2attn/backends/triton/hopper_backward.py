@@ -10,16 +10,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from s2attn.backends.base import Scoring
-from s2attn.backends.triton.hopper import MOST_STAGES, HopperForm, HopperWay, can_copy, mask_words, programs_of
+from s2attn.backends.triton.hopper import BARRIERS, MOST_STAGES, WORD, HopperForm, HopperWay, can_copy, mask_words, programs_of
 from s2attn.backends.triton.launch import factors, join_slots, workspace
 from s2attn.backends.triton.specialised import TALL, ends_of, places_of, scratch_memory
 from s2attn.backends.triton.start import Call, on_device, start
 from s2attn.backends.triton.tiles import SHARED_MEMORY
 from s2attn.backends.triton.walk import Walk
 from s2attn.layout import Layout
-
-KEPT_FREE = 2048
-"""Bytes of shared memory for barriers, and for what the compiler hands to the warp groups."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class DqForm(HopperForm):
 
     def constants(self, block: int) -> dict[str, int]:
         return {
-            "BLOCK_N": self.listed_tokens, "RB": block, "STACK": self.stack, "SUBS": self.per_block(block), "RING": self.ring,
+            "BLOCK_N": WORD, "RB": block, "STACK": self.stack, "SUBS": self.per_block(block), "RING": self.ring,
             "Q_RING": self.line_ring,
         }  # fmt: skip
 
@@ -37,12 +34,12 @@ def choose_dq_form(dim: int, dim_v: int, block: int, shared_heads: int) -> DqFor
     """The form of the dq kernel for such widths (64 or 128), blocks (64 or more) and query heads that share keys and lists.
 
     >>> choose_dq_form(128, 128, 64, 4)
-    DqForm(stack=2, listed_tokens=64, join=1, ring=3, line_ring=2)
+    DqForm(stack=2, join=1, ring=3, line_ring=2)
     """
     stack = 2 if block < TALL and shared_heads % 2 == 0 else 1
-    both, listed = 2 * (dim + dim_v), 64  # bytes of a row of q and dout, or of k and v
-    room = SHARED_MEMORY["sm_90"] - KEPT_FREE - 2 * TALL * both
-    return DqForm(stack, listed, 1, min(room // (listed * both), MOST_STAGES))
+    both = 2 * (dim + dim_v)  # bytes of a row of q and dout, or of k and v
+    room = SHARED_MEMORY["sm_90"] - BARRIERS - 2 * TALL * both
+    return DqForm(stack, 1, min(room // (WORD * both), MOST_STAGES))
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class ColumnForm:
     Attributes:
         keys: of an item: 64, which both consumers hold and whose tiles they take in turns, or 128, of which each has a half.
         listed_tokens: of a tile of queries.
-        ring: tiles of q and dout that are loaded ahead; an even number where consumers take turns.
+        ring: tiles of q and dout that are loaded ahead; where consumers take turns an even number, and each stage belongs to one of them.
         line_ring: items whose keys are loaded ahead.
     """
 
@@ -80,7 +77,7 @@ class ColumnForm:
 def choose_column_form(dim: int, dim_v: int, block: int, capped: bool = False) -> ColumnForm:
     """The form of the dkv kernel for such widths (64 or 128) and blocks (64 or more): what does not spill, and all stages that fit.
 
-    ``capped``: with a soft-cap, whose arithmetic needs registers.
+    ``capped``: with a soft-cap, whose arithmetic needs registers: at width 128 consumers take turns whatever the block.
 
     >>> choose_column_form(128, 128, 64)
     ColumnForm(keys=64, listed_tokens=32, ring=4, line_ring=2)
@@ -88,11 +85,11 @@ def choose_column_form(dim: int, dim_v: int, block: int, capped: bool = False) -
     ColumnForm(keys=128, listed_tokens=64, ring=6, line_ring=2)
     """
     wide, both = max(dim, dim_v) > 64, 2 * (dim + dim_v)
-    keys, listed = min(block, TALL), 32 if wide or capped else 64
+    keys, listed = TALL // 2 if wide and capped else min(block, TALL), 32 if wide or capped else 64
     sums = 2 * TALL // 2 * both if keys < TALL else 16 * both
-    room = SHARED_MEMORY["sm_90"] - KEPT_FREE - 2 * keys * both - sums
+    room = SHARED_MEMORY["sm_90"] - BARRIERS - 2 * keys * both - sums
     ring = min(room // (listed * (both + 8)), MOST_STAGES)
-    return ColumnForm(keys, listed, ring - ring % (TALL // keys))
+    return ColumnForm(keys, listed, ring - ring % 2)
 
 
 @dataclass(eq=False)

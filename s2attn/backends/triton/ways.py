@@ -61,8 +61,8 @@ class Prepared:
             return hopper_columns(form, layout, walk, kv_heads)
         if name == "hopper":
             shape = q.shape[-1], v.shape[-1], layout.block, shared
-            form = choose_dq_form(*shape) if op == "dq" else choose_hopper_form(*shape, scoring.softcap is not None)
-            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=False)
+            form = choose_dq_form(*shape) if op == "dq" else choose_hopper_form(*shape)
+            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), hopper.WORD, cut=False)
             return hopper_way(op, form, layout, walk)
         form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, shared)
         walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=op == "dkv")

@@ -176,7 +176,7 @@ def fold_others(
             mbarrier.arrive(empty.index(stage), count=1)
         else:
             words = j % PER * (BLOCK_N // 64)
-            allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, BLOCK_N, OF_PAIRS)
+            allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, OF_PAIRS)
             s = start_scores(q_ring, own, k_ring, k_ready, stage, phase, zeros)
             dp = start_scores(dout_ring, own, v_ring, v_ready, stage, phase, zeros)
             s = warpgroup_mma_wait(1, deps=[s])

@@ -13,14 +13,15 @@ from s2attn.kernels.hopper.pieces import ABSENT, FULL, advance, allowed_keys, as
 from s2attn.kernels.pieces.scores import LN2, LOG2E, log2_logits
 
 ROWS = gl.constexpr(64)
+TILE = gl.constexpr(64)
 
 
 @gluon.jit
 def load_tiles(
     k_rows, v_rows, batch, kv_head, list_ptr, tiles, stage, phase, keys,
-    TILE: gl.constexpr, RB: gl.constexpr, JOIN: gl.constexpr, RING: gl.constexpr, USED: gl.constexpr,
+    RB: gl.constexpr, JOIN: gl.constexpr, RING: gl.constexpr, USED: gl.constexpr,
 ):  # fmt: skip
-    """Load USED tiles of TILE keys into each stage, keys and values, until a list is at its end, as stages become free."""
+    """Load USED tiles of 64 keys into each stage, keys and values, until a list is at its end, as stages become free."""
     k_ring, v_ring, k_ready, k_empty, v_ready, v_empty = keys
     PER: gl.constexpr = RB // TILE
     for j in range(tiles // USED):
@@ -43,23 +44,23 @@ def load_tiles(
 @gluon.jit
 def load_list(
     k_rows, v_rows, batch, kv_head, list_ptr, full, others, stage, phase, keys,
-    TILE: gl.constexpr, RB: gl.constexpr, JOIN: gl.constexpr, RING: gl.constexpr,
+    RB: gl.constexpr, JOIN: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Load the tiles of a list: of the full ones JOIN to a stage as long as there are so many, then one to a stage."""
     if JOIN == 2:
         joined = full // 2 * 2
-        stage, phase = load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, joined, stage, phase, keys, TILE, RB, JOIN, RING, 2)
+        stage, phase = load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, joined, stage, phase, keys, RB, JOIN, RING, 2)
         return load_tiles(
-            k_rows, v_rows, batch, kv_head, list_ptr + joined, full - joined + others, stage, phase, keys, TILE, RB, JOIN, RING, 1
+            k_rows, v_rows, batch, kv_head, list_ptr + joined // (RB // TILE), full - joined + others, stage, phase, keys, RB, JOIN, RING, 1
         )
     else:
-        return load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, full + others, stage, phase, keys, TILE, RB, JOIN, RING, 1)
+        return load_tiles(k_rows, v_rows, batch, kv_head, list_ptr, full + others, stage, phase, keys, RB, JOIN, RING, 1)
 
 
 @gluon.jit
 def load_forward(
     q_ptr, k_ptr, v_ptr, work_ptr, keys_ptr, extents, q_strides, k_strides, v_strides, queries, keys,
-    D: gl.constexpr, DV: gl.constexpr, TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The producer: queries of both consumers, then keys and values of every listed tile; it runs ahead into the next items."""
@@ -103,9 +104,9 @@ def load_forward(
             key_end = gl.load(at + 7).to(gl.int32)
             k_rows = rows_of(k_ptr, (batches, num_kv_heads, key_end), k_strides, TILE, D, k_layout)
             v_rows = rows_of(v_ptr, (batches, num_kv_heads, key_end), v_strides, TILE, DV, v_layout)
-            stage, phase = load_list(k_rows, v_rows, batch, kv_head, list_ptr, full, others, stage, phase, keys, TILE, RB, JOIN, RING)
+            stage, phase = load_list(k_rows, v_rows, batch, kv_head, list_ptr, full, others, stage, phase, keys, RB, JOIN, RING)
         else:
-            stage, phase = load_list(all_k, all_v, batch, kv_head, list_ptr, full, others, stage, phase, keys, TILE, RB, JOIN, RING)
+            stage, phase = load_list(all_k, all_v, batch, kv_head, list_ptr, full, others, stage, phase, keys, RB, JOIN, RING)
         turn, q_phase = advance(turn, q_phase, Q_RING)
         step += gl.num_programs(0)
 
@@ -182,7 +183,7 @@ def fold_full(
 @gluon.jit
 def fold_others(
     acc, m_i, l_i, q_tile, single, others, code_ptr, bits_ptr, place, stage, phase, tiles, scores,
-    TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, RING: gl.constexpr, CODES: gl.constexpr,
+    JOIN: gl.constexpr, RB: gl.constexpr, RING: gl.constexpr, CODES: gl.constexpr,
     CAPPED: gl.constexpr, OF_PAIRS: gl.constexpr, OF_OUT: gl.constexpr,
 ):  # fmt: skip
     """Fold tiles one by one: ``single`` full ones, then those of the other entries, each by its code, every CODES-th from ``code_ptr`` on.
@@ -206,8 +207,7 @@ def fold_others(
         else:
             k_tile = k_ring.index(stage * JOIN).permute((1, 0))
             products = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
-            words = at % PER * (TILE // 64)
-            allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, TILE, OF_PAIRS)
+            allowed = allowed_keys(bits_ptr, code, code * RB + place, PER, at % PER, ROWS, OF_PAIRS)
             products = warpgroup_mma_wait(0, deps=[products])
             mbarrier.arrive(k_empty.index(stage), count=1)
             acc, m_i, l_i, p = softmax_tile(acc, m_i, l_i, products, allowed, factor, cap_log2, rows, CAPPED, True)
@@ -241,7 +241,7 @@ def store_forward(
 @gluon.jit
 def attend_forward(
     which, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides, queries, wide, tiles,
-    D: gl.constexpr, DV: gl.constexpr, TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, CAPPED: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 rows of one head of each item against every listed tile."""
@@ -289,7 +289,7 @@ def attend_forward(
         l_i = gl.convert_layout(l_i, gl.SliceLayout(1, of_pairs))
         acc, m_i, l_i, stage, phase = fold_others(
             acc, m_i, l_i, q_tile, full % JOIN, others, code_ptr, bits_ptr, place, stage, phase, tiles, scores,
-            TILE, JOIN, RB, RING, CODES, CAPPED, of_pairs, of_out,
+            JOIN, RB, RING, CODES, CAPPED, of_pairs, of_out,
         )  # fmt: skip
         mbarrier.arrive(q_empty.index(own), count=1)
         of_out_head = out_ptr + batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[2]
@@ -310,7 +310,7 @@ def hopper_forward_kernel(
     q_batch: gl.int64, q_token: gl.int64, q_head: gl.int64, k_batch: gl.int64, k_token: gl.int64, k_head: gl.int64,
     v_batch: gl.int64, v_token: gl.int64, v_head: gl.int64, out_batch: gl.int64, out_token: gl.int64, out_head: gl.int64,
     lse_batch: gl.int64, lse_head: gl.int64,
-    D: gl.constexpr, DV: gl.constexpr, TILE: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, JOIN: gl.constexpr, RB: gl.constexpr, STACK: gl.constexpr, SUBS: gl.constexpr,
     RING: gl.constexpr, Q_RING: gl.constexpr, CAPPED: gl.constexpr, SINKS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """``out = softmax(logits) v`` and its natural-log lse; grid ``(programs,)``, at most one for each item.
@@ -324,10 +324,10 @@ def hopper_forward_kernel(
       of the line: FULL, ABSENT, or the number of a mask tile; ``bits_ptr`` int64 has these, RB rows of RB / 64 words, lowest bit first.
     * ``factor`` (positive without a soft-cap) and ``cap_log2`` are those of `s2attn.kernels.pieces.scores.log2_logits`.
     * PACKED: keys end with their own sequence, else with ``key_tokens``. RING stages of K and V; queries are loaded Q_RING items ahead.
-    * A stage holds JOIN tiles of TILE keys; 2 only where a row of a tile is 128 bytes wide, so that two tiles in memory are one of twice
+    * A stage holds JOIN tiles of 64 keys; 2 only where a row of a tile is 128 bytes wide, so that two tiles in memory are one of twice
       the height. Full entries fill stages; what is left of them, and the others, take a stage for each tile.
     """
-    gl.static_assert(JOIN == 1 or (D == 64 and DV == 64 and RB == TILE), "only rows of 128 bytes lie one below the other")
+    gl.static_assert(JOIN == 1 or (D == 64 and DV == 64), "only rows of 128 bytes lie one below the other")
     kind: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, D], kind)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, TILE, D], kind)
@@ -362,9 +362,9 @@ def hopper_forward_kernel(
     scores = (factor, cap_log2)
     gl.warp_specialize([
         (attend_forward, (0, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides,
-                          queries, wide, tiles, D, DV, TILE, JOIN, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
+                          queries, wide, tiles, D, DV, JOIN, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
         (attend_forward, (1, sinks_ptr, out_ptr, lse_ptr, work_ptr, codes_ptr, bits_ptr, counts, scores, out_strides, lse_strides,
-                          queries, wide, tiles, D, DV, TILE, JOIN, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
+                          queries, wide, tiles, D, DV, JOIN, RB, STACK, SUBS, RING, Q_RING, CAPPED, SINKS)),
         (load_forward, (q_ptr, k_ptr, v_ptr, work_ptr, keys_ptr, extents, q_strides, k_strides, v_strides, queries, keys,
-                        D, DV, TILE, JOIN, RB, STACK, SUBS, RING, Q_RING, PACKED)),
+                        D, DV, JOIN, RB, STACK, SUBS, RING, Q_RING, PACKED)),
     ], [4, 1], [232, 40])  # fmt: skip

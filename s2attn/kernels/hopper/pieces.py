@@ -76,22 +76,16 @@ def read_work(number, work_ptr, batches, stacks, SUBS: gl.constexpr):
 
 
 @gluon.jit
-def allowed_keys(bits_ptr, code, first, WORDS: gl.constexpr, word, ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which of WIDTH keys each of ROWS lines sees, from a code and 64 keys to a word of the table of mask tiles.
+def allowed_keys(bits_ptr, code, first, WORDS: gl.constexpr, word, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of 64 keys each of ROWS lines sees, from a code and a word of the table of mask tiles.
 
     Args:
         code: FULL, or the number of a mask tile (not ABSENT).
-        first: the first of these lines in the tile; ``word`` the first word of these keys; WORDS in a line of the table.
+        first: the first of these lines in the table; ``word`` the word of these keys, of WORDS in a line.
         LAYOUT: of the tile of pairs.
     """
     lines = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    key = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    whole = code == FULL
-    at = bits_ptr + (gl.where(whole, 0, first) + lines).to(gl.int64) * WORDS + word
-    bits = gl.where(whole, -1, gl.load(at, mask=lines >= gl.where(whole, ROWS, 0), other=0))
-    if WIDTH == 64:
-        found = bits[:, None] >> key[None, :]
-    else:
-        more = gl.where(whole, -1, gl.load(at + 1, mask=lines >= gl.where(whole, ROWS, 0), other=0))
-        found = gl.where((key < 64)[None, :], bits[:, None] >> (key & 63)[None, :], more[:, None] >> (key & 63)[None, :])
-    return (found & 1) != 0
+    key = gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
+    at = bits_ptr + (first + lines).to(gl.int64) * WORDS + word
+    bits = gl.load(at, mask=lines >= gl.where(code == FULL, ROWS, 0), other=-1)
+    return ((bits[:, None] >> key[None, :]) & 1) != 0
