@@ -29,6 +29,30 @@ class Scoring:
     sinks: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """How queries and keys are reduced to estimate the mass of blocks; see `s2attn.ops.antidiagonal`, which says what it means.
+
+    Attributes:
+        stride: tokens per group of queries, and of keys; divides ``block``.
+        block: tokens per block of the result.
+        causal: query group i reads the key groups that begin at or before its last query.
+        scale, softcap: as of `Scoring`.
+    """
+
+    stride: int
+    block: int
+    causal: bool
+    scale: float
+    softcap: float | None = None
+
+    def reach(self, seqlen_q: int, seqlen_k: int) -> int:
+        """Query group i reads the key groups up to ``reach + i``; those beyond the last one do not exist."""
+        if not self.causal:
+            return -(-seqlen_k // self.stride)
+        return (seqlen_k - seqlen_q + self.stride - 1) // self.stride
+
+
 @dataclass(frozen=True, eq=False)
 class Pages:
     """Keys and values that lie in pages of a cache, and where those of each sequence are.
@@ -87,6 +111,14 @@ class Backend(ABC):
     def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
         """Compile what such calls will run, ``backward`` too if so; q, k, v are on the meta device. Plain torch has nothing to compile."""
         return
+
+    def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
+        """Every reason why this backend cannot estimate the mass of blocks from such tensors; empty when it can."""
+        return ["it does not estimate the mass of blocks"]
+
+    def antidiagonal(self, q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
+        """Block mass ``(B, H, query blocks, key blocks)`` float32, not empty, as `s2attn.ops.antidiagonal` says."""
+        raise Unsupported(f"the {self.name} backend cannot estimate the mass of blocks", {self.name: self.mass_objections(q, k)})
 
     def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
         """Every reason why this backend cannot read keys and values from such pages; empty when it can."""

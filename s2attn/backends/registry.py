@@ -81,6 +81,11 @@ def pick_paged(name: str, q: Tensor, pages: Pages) -> Backend:
     return _pick(name, "decode", lambda backend: backend.paged_objections(q, pages))
 
 
+def pick_mass(name: str, q: Tensor, k: Tensor) -> Backend:
+    """The same choice for estimates of the mass of blocks."""
+    return _pick(name, "estimates of block mass", lambda backend: backend.mass_objections(q, k))
+
+
 def _pick(name: str, what: str, objections: Callable[[Backend], list[str]]) -> Backend:
     chosen = None if name == "auto" else get_backend(name)
     for backend in _every_backend() if chosen is None else [chosen]:

@@ -82,7 +82,7 @@ def attention(
     if isinstance(pattern, Selector):
         if block is not None or heads is not None:
             raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
-        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer}
+        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
         layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         source, index = layout_text(layout), layout.tensors()
     elif layout is not None:

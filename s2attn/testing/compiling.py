@@ -14,7 +14,7 @@ from typing import Any
 
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
-from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
+from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, next_power
 
 KERNELS = {
     "forward": "forward.forward_kernel",
@@ -23,12 +23,16 @@ KERNELS = {
     "delta": "backward.delta_kernel",
     "merge": "join.merge_kernel",
     "sum": "join.sum_kernel",
+    "pieces": "score.piece_kernel",
+    "rows": "score.row_kernel",
+    "mass": "score.mass_kernel",
 }
 _INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
-_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
+_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv", "sums", "mass")
 _POINTERS = {"ptr": "i64", "sub_at": "i64", "tiles": "u8", **dict.fromkeys(_INTS, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
 _COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
+_COUNTS += ("first_row", "end_row", "reach", "seqlen_q", "seqlen_k", "group", "pieces", "key_blocks")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
@@ -126,6 +130,22 @@ def compile_specialised(
         constants["SINKS"] = sinks
     kernel = getattr(specialised if op == "forward" else specialised_backward, f"specialised_{op}_kernel")
     return _compiled(kernel, target, dtype, constants, {"num_warps": 4})
+
+
+def compile_score(kernel: str, target: str, dtype: str, dim: int, stride: int, block: int, *, capped: bool = False) -> Compiled:
+    """Compile one of the kernels that estimate the mass of blocks ("pieces", "rows" or "mass") as a launch on ``target`` would."""
+    from s2attn.backends.triton.score import ROWS, WIDTH, choose_score_tiles, piece_groups
+
+    room, name = KERNELS[kernel].split(".")
+    tiles = choose_score_tiles(dim, 4 if dtype == "fp32" else 2, SHARED_MEMORY[target])
+    constants: dict[str, Any] = {"PIECE": piece_groups(stride, block, tiles)}
+    options = {"num_warps": 4, "num_stages": 3}
+    if kernel == "pieces":
+        constants |= {"D": dim, "BLOCK_D": tiles.depth, "STRIDE": stride, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "CAPPED": capped}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    else:
+        constants |= {"ROWS": ROWS, "WIDTH": WIDTH, **({"PER_BLOCK": block // stride} if kernel == "mass" else {})}
+    return _compiled(getattr(import_module(f"s2attn.kernels.{room}"), name), target, dtype, constants, options)
 
 
 def _compiled(kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Pages, Scoring
+from s2attn.backends.base import Backend, Pages, Reduction, Scoring
 from s2attn.backends.checks import exact_arithmetic, paged_objections, plain_objections
 from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.paged import PagedKeys
 from s2attn.backends.portable.run import Work, run_backward, run_forward
+from s2attn.backends.portable.score import block_mass
 from s2attn.backends.portable.tile import Tile
 from s2attn.layout import Layout
 
@@ -42,6 +43,12 @@ class Portable(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with exact_arithmetic(q.device):
             return run_backward(self._work(q, k, v, layout, scoring), dout, dlse, out, lse)
+
+    def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
+        return plain_objections(q, k, k)
+
+    def antidiagonal(self, q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
+        return block_mass(q, k, reduction)
 
     def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
         return paged_objections(q, pages)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Scoring
+from s2attn.backends.base import Backend, Reduction, Scoring
 from s2attn.backends.checks import plain_objections
 from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
@@ -20,6 +20,8 @@ from s2attn.layout import Layout
 WIDEST = 256
 MOST = 65535
 """Programs along the second and the third axis of a grid: batch entries, and heads."""
+LARGEST = 232448
+"""Shared memory, in bytes, that stands for the interpreter's."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -61,6 +63,15 @@ class Triton(Backend):
             why += _device_objections(torch.cuda.get_device_capability(q.device), q.dtype)
             why += _width_objections(q, v) if not why else []
         return why
+
+    def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
+        return self.objections(q, k, k)
+
+    def antidiagonal(self, q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
+        from s2attn.backends.triton.score import antidiagonal, choose_score_tiles
+
+        limit = gpu_facts(q.device.index or 0)[1] if q.is_cuda else LARGEST
+        return antidiagonal(q, k, reduction, choose_score_tiles(q.shape[-1], q.element_size(), limit))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         return self._way("forward", q, k, v, layout, scoring).forward(q, k, v, layout, scoring)
@@ -121,7 +132,7 @@ def find_tiles(wanted: Situation, device: torch.device, capped: bool) -> Tiles:
     Tables are measured without a soft-cap, whose arithmetic needs registers of its own.
     """
     itemsize = 4 if wanted.dtype == "float32" else 2
-    limit = 232448
+    limit = LARGEST
     if device.type == "cuda":
         name, limit = gpu_facts(device.index or 0)
         tuned = None if capped else tuned_tiles(name, triton_version(), wanted)
