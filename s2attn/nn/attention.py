@@ -11,6 +11,7 @@ from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.layout import HeadRange
 from s2attn.ops import attention
 from s2attn.ops.checks import check_softcap
+from s2attn.ops.selector import Selector
 from s2attn.patterns import Pattern
 
 
@@ -20,7 +21,7 @@ class SparseAttention(nn.Module):
     Without sinks it has no parameters, and nothing in the state dict; with them one parameter, ``sinks``.
 
     Args:
-        pattern: which keys are seen.
+        pattern: which keys are seen; or a selector, which finds them from q and k.
         num_heads: query heads H of the tensors that come.
         num_kv_heads: key/value heads G, H by default.
         causal, scale, softcap, backend: as in `s2attn.attention`.
@@ -35,7 +36,7 @@ class SparseAttention(nn.Module):
 
     def __init__(
         self,
-        pattern: Pattern,
+        pattern: Pattern | Selector,
         num_heads: int,
         num_kv_heads: int | None = None,
         *,
@@ -48,8 +49,10 @@ class SparseAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(pattern, Pattern):
-            raise bad_kind("pattern", "must be a Pattern", pattern)
+        if not isinstance(pattern, (Pattern, Selector)):
+            raise bad_kind("pattern", "must be a Pattern or a selector", pattern)
+        if isinstance(pattern, Selector) and heads is not None:
+            raise bad_value("heads", "must be left out when a selector is given", heads)
         self.pattern = pattern
         self.num_heads = check_int("num_heads", num_heads, 1)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
