@@ -66,7 +66,7 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
     Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, specialised=False)
     """
-    wanted = _preferred(op, max(next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
+    wanted = _preferred(op, (next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
     line_tokens, listed_tokens = wanted.line_tokens, wanted.listed_tokens
     while True:
         for stages in range(wanted.num_stages, 0, -1):
@@ -81,9 +81,11 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
             line_tokens //= 2
 
 
-def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int, capped: bool) -> Tiles:
+def _preferred(op: str, widths: tuple[int, int], itemsize: int, block: int, shared_limit: int, capped: bool) -> Tiles:
     """What compiles without spills at widths 64 and 128 (`tests/compile`)."""
-    large = shared_limit >= WIDE_MEMORY
+    large, wide = shared_limit >= WIDE_MEMORY, max(widths)
+    if op == "dkv" and wide > 128 and itemsize == 2 and block >= 32 and shared_limit > SHARED_MEMORY["sm_75"]:
+        return Tiles(32, 32, 8, 3)  # 16 lines and 4 warps, as for the others, spill
     if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
         # Products on ordinary units, or rows too wide for the registers: small tiles.
         if itemsize > 2 and block < 32:
@@ -92,7 +94,8 @@ def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int,
     gathered = block < 64  # a token number per lane needs registers too
     if op == "dkv":
         if wide > 64:
-            return Tiles(64, 16 if capped or (large and block != 64) else 32, 8, 2 if large else 3)
+            few = capped or (large and block != 64) or (not large and min(widths) < wide)
+            return Tiles(64, 16 if few else 32, 8, 2 if large else 3)
         if large:
             return Tiles(64, 32, 8, 2) if gathered else Tiles(64, 64, 8, 3)
         return Tiles(32, 32 if gathered else 64, 4, 2)
