@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from s2attn.bench.cases import AttentionCase
 from s2attn.bench.clock import Call, Meter, time_in_turn
 from s2attn.bench.compare import Error, Inputs, Oracle, sample_rows
 from s2attn.bench.journal import Journal, Row
+from s2attn.bench.peers import sdpa_context
 from s2attn.bench.rows import Effort, compared, one_line, refuse_wrong, still_there
 from s2attn.bench.stack import Stack, StackCase
 from s2attn.layout import HeadRange, Layout, build_layout, layout_heads
@@ -128,15 +128,8 @@ class DenseStack(StackPeer):
             from torch.nn.attention.bias import causal_lower_right
 
             more = {"attn_mask": causal_lower_right(q.shape[2], k.shape[2])}
-        with self._forced():
+        with sdpa_context(self.kind):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped, **more).transpose(1, 2)
-
-    def _forced(self) -> Any:
-        if self.kind is None:
-            return nullcontext()
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        return sdpa_kernel(getattr(SDPBackend, self.kind))
 
 
 class Measuring:

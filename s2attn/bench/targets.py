@@ -130,6 +130,23 @@ def _cpu(found: Found) -> list[Reading]:
     return _least([row["speedup"]["flex"] for row in rows if "flex" in row["speedup"]], 1.0, "{:.2f}x")
 
 
+def _share_of_copy(found: Found) -> list[Reading]:
+    """Of all cases of decoding that list 64 MB or more."""
+    rows = [row for row in found.ours("decode", "H200") if row["listed_bytes"] >= 64e6 and "share_of_copy" in row]
+    return _least([100 * row["share_of_copy"] for row in rows], 80, "{:.0f} %")
+
+
+def _ragged(found: Found) -> list[Reading]:
+    rows = [row for row in found.ours("decode", "H200") if row["listed_bytes"] >= 64e6 and "over_uniform" in row]
+    return _most([row["over_uniform"] for row in rows], 1.1, "{:.2f}x".format)
+
+
+def _captured(found: Found) -> list[Reading]:
+    rows = [row for row in found.ours("decode", "H200") if "timed_by" in row]
+    count = sum(row["timed_by"] == "graph" for row in rows)
+    return [(f"{count} of {len(rows)} cases", count == len(rows))] if rows else []
+
+
 def _nothing(found: Found) -> list[Reading]:
     return []
 
@@ -155,7 +172,9 @@ TARGETS = (
     Target("H200, forward over the original S2 kernels", ">= 1.5x", _over("forward", ORIGINAL, 1.5)),
     Target("H200, backward over the original S2 kernels", ">= 1.5x", _over("backward", ORIGINAL, 1.5)),
     Target("H200, heads half dense, half 5 %", "<= 1.1x the sum of the halves alone", _mixed),
-    Target("H200, paged decode", ">= 80 % of the copy bandwidth", _nothing, "there is no such op yet"),
+    Target("H200, paged decode, >= 64 MB of listed K/V", ">= 80 % of the copy bandwidth", _share_of_copy),
+    Target("same, a ragged batch over a uniform one of equal bytes", "<= 1.1x", _ragged),
+    Target("H200, paged decode under a CUDA graph", "every case", _captured),
     Target("H200, launch", "<= 20 us of host time per call", _launch),
     Target("H200, first call", "<= 5 s", _first),
     Target("layout of 1M tokens, 32 heads, on a CPU", "< 1 s", _layout),

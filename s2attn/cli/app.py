@@ -86,9 +86,15 @@ def cpu(
 
 @bench_app.command()
 def run(
-    suites: Annotated[list[str] | None, typer.Argument(help="forward, backward, train, prefill; all of them when left out.")] = None,
-    size: Annotated[str, typer.Option(help="[bold]full[/bold] on a graphics card; [bold]tiny[/bold] for a first look on a CPU.")] = "full",
-    peers: Annotated[str, typer.Option(help="Who takes part, separated by commas; the usual ones when left out.")] = "",
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="forward, backward, train, prefill, decode; all of them when left out.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="[bold]full[/bold] on a graphics card; [bold]small[/bold], for some suites, or [bold]tiny[/bold] on a CPU.")
+    ] = "full",
+    peers: Annotated[
+        str, typer.Option(help="Who takes part in forward and backward, separated by commas; the usual ones when left out.")
+    ] = "",
     peer_path: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a peer from a checkout or a Python file.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend of s2attn; triton on a graphics card when left out.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds for everything together.")] = 540.0,
