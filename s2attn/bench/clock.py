@@ -158,3 +158,7 @@ class Meter:
     def allocated_bytes(self) -> int | None:
         """Memory that is in use now; None where nobody says."""
         return None
+
+    def free_bytes(self) -> int | None:
+        """Memory that could still be taken; None where others would feel it."""
+        return None

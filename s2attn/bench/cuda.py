@@ -108,6 +108,9 @@ class CudaMeter(Meter):
     def allocated_bytes(self) -> int | None:
         return torch.cuda.memory_allocated()
 
+    def free_bytes(self) -> int | None:
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
 
 def cuda_facts() -> dict[str, Any]:
     """The device, its driver and libraries, and what it was seen to do: a copy's bandwidth and a matrix product's rate."""

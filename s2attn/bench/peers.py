@@ -157,7 +157,7 @@ def dense_attention(kind: str | None, grouped: bool) -> Attend:
     return attend
 
 
-def sdpa_context(kind: str | None) -> AbstractContextManager[None]:
+def sdpa_context(kind: str | None) -> AbstractContextManager[Any]:
     """Inside of it torch's dense attention is of one kind, by its name in ``torch.nn.attention.SDPBackend``; of any where that is None."""
     if kind is None:
         return nullcontext()

@@ -20,6 +20,7 @@ OPS = {
     "train": "training step",
     "prefill": "prefill",
     "decode": "decoding from pages",
+    "inference": "prefill and decoding of a layer stack",
 }
 
 
@@ -169,7 +170,7 @@ def targets_table(records: Mapping[str, Record]) -> str:
     for target in TARGETS:
         readings = target.read(found)
         if not readings:
-            lines.append([target.work, target.goal, f"not measured{': ' + target.why_not if target.why_not else ''}", "-"])
+            lines.append([target.work, target.goal, "not measured", "-"])
         lines += [[target.work, target.goal, text, "yes" if reached else "no"] for text, reached in readings]
     return markdown(lines)
 

@@ -19,6 +19,7 @@ from s2attn.bench.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
 from s2attn.bench.compare import Error, Inputs, Oracle
 from s2attn.bench.decoding import decode_peers, run_decode_case
 from s2attn.bench.host import host_facts
+from s2attn.bench.inference import InferenceCase, inference_peers, run_inference_case
 from s2attn.bench.journal import SCHEMA, Journal, Record, Row, write_record
 from s2attn.bench.paged import DecodeCase
 from s2attn.bench.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
@@ -32,6 +33,7 @@ Note = Callable[[str], None]
 OTHERS: dict[type, tuple[Callable[..., list[Row]], Callable[[Any, str], list[str]]]] = {
     StackCase: (run_stack_case, stack_peers),
     DecodeCase: (run_decode_case, decode_peers),
+    InferenceCase: (run_inference_case, inference_peers),
 }
 """For cases that bring their own peers: what runs one, and who has a row in it."""
 AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase

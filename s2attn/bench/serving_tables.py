@@ -36,5 +36,31 @@ def decode_lines(rows: Sequence[Row]) -> Lines:
     return lines
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {"decode": decode_lines}
+def inference_lines(rows: Sequence[Row]) -> Lines:
+    """Heading and one line per case and way to serve of `inference`: both phases, memory, and the largest batch."""
+    from s2attn.bench.tables import by_case, duration, size
+
+    more = ["cache", "of dense", "peak memory", "set-up", "largest batch", "with it", "error"]
+    lines = [["case", "attention", "density", "prefill", "tokens/s", "decode", "tokens/s", "both", "s2attn over it", *more]]
+    for case, peers in by_case(rows).items():
+        for name, row in peers.items():
+            if row["status"] != "ok":
+                continue
+            over = f"{1 / row['speedup']['s2attn']:.2f}x" if "s2attn" in row["speedup"] else "-"
+            speeds = [
+                duration(row["prefill_s"]),
+                f"{row['prefill_tokens_per_s']:,.0f}",
+                duration(row["decode_s"]),
+                f"{row['tokens_per_s']:,.1f}",
+            ]
+            batch = str(row["batch_largest"]) if "batch_largest" in row else f"{row['batch_computed']}, not tried"
+            memory = [size(row["cache_bytes"]), f"{100 * row['cache_bytes'] / row['cache_dense_bytes']:.1f} %"]
+            memory += [size(row.get("total_peak_bytes") or row["peak_bytes"]), duration(row["metadata_s"]), batch]
+            all_of_it = f"{row['batch_tokens_per_s']:,.0f} tokens/s" if "batch_tokens_per_s" in row else "-"
+            cells = [case, name, f"{100 * row['density']:.1f} %", *speeds, duration(row["median_s"]), over, *memory, all_of_it]
+            lines.append([*cells, f"{row['error']:.0e}"])
+    return lines
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {"decode": decode_lines, "inference": inference_lines}
 """By op."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from s2attn.bench.host import host_facts
+from s2attn.bench.inference import inference_suite
 from s2attn.bench.journal import SCHEMA, DeviceLost, Journal, Record, Row, read_record
 from s2attn.bench.paged import decode_suite
 from s2attn.bench.peers import CPU_PEERS, CUDA_PEERS, NAMES, make_peers
@@ -30,7 +31,7 @@ from s2attn.bench.suites import attention_suite
 from s2attn.bench.tables import case_lines
 from s2attn.core import bad_value
 
-SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0}
+SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0}
 """The suites, and how a time limit is shared among them."""
 SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
     "forward": attention_suite,
@@ -38,6 +39,7 @@ SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
     "train": stack_suite,
     "prefill": stack_suite,
     "decode": decode_suite,
+    "inference": inference_suite,
 }
 """The cases of each, by its name and a size."""
 SMALL = ("decode",)

@@ -39,13 +39,11 @@ class Target:
 
     Attributes:
         read: the figures that the records hold; none when nothing was measured.
-        why_not: why the benchmark cannot measure it yet, where it cannot.
     """
 
     work: str
     goal: str
     read: Callable[[Found], Sequence[Reading]]
-    why_not: str = ""
 
 
 def _least(values: Sequence[float], goal: float, form: str) -> list[Reading]:
@@ -147,8 +145,10 @@ def _captured(found: Found) -> list[Reading]:
     return [(f"{count} of {len(rows)} cases", count == len(rows))] if rows else []
 
 
-def _nothing(found: Found) -> list[Reading]:
-    return []
+def _cache(found: Found) -> list[Reading]:
+    """On any device, since it is counted: the most that the cache of a stack held, over density times that of a dense one."""
+    rows = [row for row in found.rows if row["op"] == "inference" and row["peer"] == "s2attn" and row["seqlen"] >= 131072]
+    return _most([row["cache_bytes"] / (row["density"] * row["cache_dense_bytes"]) for row in rows], 1.05, "{:.2f}x".format)
 
 
 MILESTONE = "H200, bf16, D = 128, block 64, S >= 32k, >= 30 tiles per row"
@@ -166,6 +166,9 @@ TARGETS = (
     Target("H200, training at 128k over dense FlashAttention-2, 1.3B shape", ">= 2.8x", _over("train", FLASH, 2.8, "1.3B, 128k")),
     Target("same, 7B shape", ">= 2.5x", _over("train", FLASH, 2.5, "7B, 128k")),
     Target("H200, prefill at 128k over dense FlashAttention-2, 7B shape", ">= 4.5x", _over("prefill", FLASH, 4.5, "7B, 128k")),
+    Target(
+        "H200, prefill and 32 tokens at 128k over dense FlashAttention-2, 7B shape", ">= 4.5x", _over("inference", FLASH, 4.5, "7B, 128k")
+    ),
     Target("H200, Power at 128k", ">= 92 % of ideal", _power),
     Target("H200, forward over FlexAttention", ">= 1.3x", _over("forward", FLEX, 1.3)),
     Target("H200, backward over FlexAttention", ">= 1.3x", _over("backward", FLEX, 1.3)),
@@ -179,5 +182,5 @@ TARGETS = (
     Target("H200, first call", "<= 5 s", _first),
     Target("layout of 1M tokens, 32 heads, on a CPU", "< 1 s", _layout),
     Target("CPU, 16k, float32, S2 at 12 %, over a compiled FlexAttention", ">= 1x", _cpu),
-    Target("KV memory at 128k, patterns per KV head", "<= 1.05 x density x dense", _nothing, "no suite measures it"),
+    Target("KV memory at 128k, patterns per KV head", "<= 1.05 x density x dense", _cache),
 )
