@@ -21,6 +21,7 @@ OPS = {
     "prefill": "prefill",
     "decode": "decoding from pages",
     "inference": "prefill and decoding of a layer stack",
+    "select": "blocks chosen from q and k",
 }
 
 

@@ -24,6 +24,7 @@ from s2attn.bench.journal import SCHEMA, Journal, Record, Row, write_record
 from s2attn.bench.paged import DecodeCase
 from s2attn.bench.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
 from s2attn.bench.rows import Effort, Skip, compared, one_line, refuse_wrong, still_there
+from s2attn.bench.selecting import SelectCase, run_select_case, select_peers
 from s2attn.bench.stack import StackCase
 from s2attn.bench.stacks import run_stack_case, stack_peers
 from s2attn.layout import build_layout, dense_pairs
@@ -34,9 +35,10 @@ OTHERS: dict[type, tuple[Callable[..., list[Row]], Callable[[Any, str], list[str
     StackCase: (run_stack_case, stack_peers),
     DecodeCase: (run_decode_case, decode_peers),
     InferenceCase: (run_inference_case, inference_peers),
+    SelectCase: (run_select_case, select_peers),
 }
 """For cases that bring their own peers: what runs one, and who has a row in it."""
-AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase
+AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase | SelectCase
 
 
 class Arranged:

@@ -26,12 +26,13 @@ from s2attn.bench.paged import decode_suite
 from s2attn.bench.peers import CPU_PEERS, CUDA_PEERS, NAMES, make_peers
 from s2attn.bench.rows import Effort
 from s2attn.bench.runner import AnyCase, names_in, run_suite
+from s2attn.bench.selecting import select_suite
 from s2attn.bench.stacks import stack_suite
 from s2attn.bench.suites import attention_suite
 from s2attn.bench.tables import case_lines
 from s2attn.core import bad_value
 
-SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0}
+SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0, "select": 2.0}
 """The suites, and how a time limit is shared among them."""
 SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
     "forward": attention_suite,
@@ -40,9 +41,10 @@ SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
     "prefill": stack_suite,
     "decode": decode_suite,
     "inference": inference_suite,
+    "select": select_suite,
 }
 """The cases of each, by its name and a size."""
-SMALL = ("decode",)
+SMALL = ("decode", "select")
 """Suites with cases that mean something on a CPU."""
 SIZES = ("full", "small", "tiny")
 EFFORTS = {"full": Effort(15, 3, 3.0), "small": Effort(9, 3, 3.0), "tiny": Effort(2, 1, 0.1)}

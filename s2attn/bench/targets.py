@@ -145,6 +145,17 @@ def _captured(found: Found) -> list[Reading]:
     return [(f"{count} of {len(rows)} cases", count == len(rows))] if rows else []
 
 
+def _roofline(gpu: str) -> Callable[[Found], list[Reading]]:
+    """Of the speed-up that choosing blocks from q and k could reach."""
+    return lambda found: _least([100 * row["of_roofline"] for row in found.ours("select", gpu) if "of_roofline" in row], 80, "{:.0f} %")
+
+
+def _choosing(gpu: str) -> Callable[[Found], list[Reading]]:
+    """Scoring and selection over a product of q and k, divided by the stride."""
+    key = "choosing_over_product"
+    return lambda found: _most([row[key] for row in found.ours("select", gpu) if key in row], 1.1, "{:.2f}x".format)
+
+
 def _cache(found: Found) -> list[Reading]:
     """On any device, since it is counted: the most that the cache of a stack held, over density times that of a dense one."""
     rows = [row for row in found.rows if row["op"] == "inference" and row["peer"] == "s2attn" and row["seqlen"] >= 131072]
@@ -178,6 +189,10 @@ TARGETS = (
     Target("H200, paged decode, >= 64 MB of listed K/V", ">= 80 % of the copy bandwidth", _share_of_copy),
     Target("same, a ragged batch over a uniform one of equal bytes", "<= 1.1x", _ragged),
     Target("H200, paged decode under a CUDA graph", "every case", _captured),
+    Target("H200, blocks chosen from q and k, over dense", ">= 80 % of 1 / (density + 1 / (2 stride))", _roofline("H200")),
+    Target("same on a CPU", ">= 80 % of 1 / (density + 1 / (2 stride))", _roofline("")),
+    Target("H200, scoring and selection over 1 / stride of a product of q and k", "<= 1.1x", _choosing("H200")),
+    Target("same on a CPU", "<= 1.1x", _choosing("")),
     Target("H200, launch", "<= 20 us of host time per call", _launch),
     Target("H200, first call", "<= 5 s", _first),
     Target("layout of 1M tokens, 32 heads, on a CPU", "< 1 s", _layout),

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from s2attn.core import bad_kind, bad_value
-from s2attn.lab.planted import Sample
 from s2attn.nn import SparseAttention
 from s2attn.ops.attention import attention
 from s2attn.ops.checks import check_scale, check_tensors
 from s2attn.ops.score import antidiagonal
 from s2attn.ops.selector import Call, Selector
 from s2attn.patterns import Dense
+from s2attn.selectors.planted import Sample
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def recall(
         ValueError: shapes that do not fit, or no query that sees a key.
 
     >>> from s2attn.selectors import XAttention
-    >>> from s2attn.lab.planted import planted
+    >>> from s2attn.selectors.planted import planted
     >>> x = planted("verticals", seqlen=512)
     >>> result = recall(XAttention(stride=8, coverage=0.9, block=32), x.q, x.k, x.v)
     >>> result.kept > 0.9 * result.oracle

@@ -139,7 +139,7 @@ def test_a_decode_that_cannot_be_captured_is_timed_with_its_launch(monkeypatch: 
 
 def test_small_cases_are_for_suites_that_have_them() -> None:
     assert Plan("out", ("decode",), "small").suite("decode") == decode_suite(size="small")
-    with pytest.raises(ValueError, match="size may be small for decode"):
+    with pytest.raises(ValueError, match="size may be small for decode, select alone; got it for forward, decode"):
         Plan("out", ("forward", "decode"), "small")
     with pytest.raises(ValueError, match="context must be an integer >= 16"):
         case_of(ragged=True, context=8)
