@@ -106,7 +106,7 @@ def crossover(points: Sequence[tuple[int, float]]) -> str:
     """The length from which on speed-ups over dense attention, given at some lengths, are above 1; between two lengths in logarithms.
 
     >>> crossover([(8192, 0.5), (16384, 2.0)]), crossover([(8192, 1.5), (16384, 2.0)]), crossover([(8192, 0.5)])
-    ('11.6k', 'below 8k', 'above 8k')
+    ('11.3k', 'below 8k', 'above 8k')
     """
     ordered = sorted(points)
     slower = [i for i, (_, ratio) in enumerate(ordered) if ratio < 1]
