@@ -158,12 +158,13 @@ def recall_chart(judged: Judged, path: Path) -> Path:
     """Mass kept over density, a line for each method, beside the most that was possible; one picture for each kind of data."""
     from s2attn.lab.charts import new_figure
 
-    kinds = list(dict.fromkeys(kind for kind, _ in judged))
+    kinds, names = list(dict.fromkeys(kind for kind, _ in judged)), list(dict.fromkeys(name for _, name in judged))
     figure, axes = new_figure(len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
-        for i, ((of_kind, name), results) in enumerate(judged.items()):
+        for (of_kind, name), results in judged.items():
             if of_kind != kind:
                 continue
+            i = names.index(name)  # a method has one colour in all pictures
             points = sorted(results, key=lambda r: r.density)
             densities = [r.density for r in points]
             axis.plot(densities, [r.kept for r in points], "o-", color=f"C{i % 10}", label=name)
