@@ -96,14 +96,15 @@ class Whole(DecodePeer):
             raise Skip(NO_CUDA)
         if self.kind == "FLASH_ATTENTION" and case.ragged:
             raise Skip("takes no mask, so no padding")
-        q, k, v = batch.q.transpose(1, 2).contiguous(), batch.contiguous(batch.k_pages), batch.contiguous(batch.v_pages)
+        q, k, v = batch.whole
         more: dict[str, Any] = {"attn_mask": self.mask(), "enable_gqa": case.heads != case.kv_heads}
 
         def attend() -> Tensor:
             with sdpa_context(self.kind):
                 return F.scaled_dot_product_attention(q, k, v, **more).transpose(1, 2)
 
-        return attend, {"sdpa_backend": self.kind} if self.kind is not None else {}
+        facts: Row = {"executed_density": case.batch * case.context / sum(case.lengths)}
+        return attend, {**facts, "sdpa_backend": self.kind} if self.kind is not None else facts
 
     def mask(self) -> Any:
         """None where every query sees every key; for queries that follow one another torch's own kind; a table where keys are padding."""
@@ -151,7 +152,7 @@ class WholeFlex(Whole):
         block_mask = torch_flex().create_block_mask(self.seen(), *sizes, device=self.device)
         torch.cuda.synchronize()
         facts = {"metadata_s": time.perf_counter() - began, "decoding_kernel": sizes[1] is None or case.heads == case.kv_heads}
-        q, k, v = batch.q.transpose(1, 2).contiguous(), batch.contiguous(batch.k_pages), batch.contiguous(batch.v_pages)
+        q, k, v = batch.whole
         more: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": case.heads != case.kv_heads}
         return lambda: kernel(q, k, v, **more).transpose(1, 2), facts
 

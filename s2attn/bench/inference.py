@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from s2attn.bench.clock import Meter, Timing
 from s2attn.bench.compare import worst_of
 from s2attn.bench.journal import Journal, Row
-from s2attn.bench.rows import Effort, compared, one_line, refuse_wrong
+from s2attn.bench.rows import Effort, Skip, compared, one_line, refuse_wrong
 from s2attn.bench.stack import Contiguous, Stack, StackCase, Step
 from s2attn.bench.stacks import FLASH, OURS, SDPA, DenseStack, Ours, check_chunks, kinds_of
 from s2attn.bench.turns import LATE, Ready, Turns, error_facts
@@ -76,8 +76,11 @@ class Kept(ABC):
         """See `s2attn.bench.stack.Step`."""
 
     @abstractmethod
-    def fill(self, k: Tensor, v: Tensor, count: int) -> None:
-        """Give every layer of every sequence ``count`` tokens, those of ``k, v (1, chunk, G, D)`` again and again; no query attends."""
+    def fill(self, k: Tensor, v: Tensor, count: int, note: Callable[[], object]) -> None:
+        """Give every layer of every sequence ``count`` tokens, those of ``k, v (1, chunk, G, D)`` again and again; no query attends.
+
+        ``note`` is called now and then, and may raise.
+        """
 
     @abstractmethod
     def reset(self) -> None:
@@ -103,8 +106,9 @@ class Whole(Kept):
     def step(self, layer: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._step(layer, start, q, k, v)
 
-    def fill(self, k: Tensor, v: Tensor, count: int) -> None:
+    def fill(self, k: Tensor, v: Tensor, count: int, note: Callable[[], object]) -> None:
         for start in range(0, count, k.shape[1]):
+            note()
             size = min(k.shape[1], count - start)
             self.cache[:, 0, :, start : start + size], self.cache[:, 1, :, start : start + size] = k[:, :size], v[:, :size]
 
@@ -138,9 +142,10 @@ class Sparse(Kept):
         self._most = max(self._most, self.cache.bytes_used)
         return out
 
-    def fill(self, k: Tensor, v: Tensor, count: int) -> None:
+    def fill(self, k: Tensor, v: Tensor, count: int, note: Callable[[], object]) -> None:
         for sequence in self.sequences:  # one after another, so that what only a chunk's own queries need is held once
             for start in range(0, count, k.shape[1]):
+                note()
                 size = min(k.shape[1], count - start)
                 for layer in range(self.layers):
                     self.cache.append([sequence], layer, k[:, :size], v[:, :size])
@@ -237,18 +242,24 @@ class Serving:
         one, spare = facts["cache_bytes"], self._spare_bytes(name)
         computed = max(0, (free - other - spare) // one)
         found: Row = {"free_bytes": free, "batch_computed": computed}
-        for batch in range(computed, max(0, computed - TRIES), -1):
+
+        def note() -> None:
             if time.perf_counter() > deadline:
-                return {**found, "batch_why": LATE}
+                raise Skip(LATE)
             self.journal.mark(self.case.name, name)
+
+        for batch in range(computed, max(0, computed - TRIES), -1):
             try:
-                return {**found, "batch_largest": batch, "batch_tokens_per_s": self._try(name, batch, batch * one + spare)}
+                note()
+                return {**found, "batch_largest": batch, "batch_tokens_per_s": self._try(name, batch, batch * one + spare, note)}
+            except Skip as why:
+                return {**found, "batch_why": str(why)}
             except (torch.OutOfMemoryError, MemoryError, CacheFull) as error:
                 found["batch_why"] = f"{batch} did not fit: {one_line(error)}"
             self.meter.tidy()
         return found
 
-    def _try(self, name: str, batch: int, size: int) -> float:
+    def _try(self, name: str, batch: int, size: int, note: Callable[[], object]) -> float:
         """Tokens per second of a full batch, filled with random keys and values: to prefill each sequence would take too long."""
         case = self.case
         page = 2 * case.block * case.head_dim * self.x.element_size()
@@ -256,7 +267,7 @@ class Serving:
         shape = (1, min(case.chunk, case.seqlen), case.kv_heads, case.head_dim)
         k, v = (torch.randn(shape, device=self.meter.device, dtype=self.x.dtype) for _ in range(2))
         steps = min(FULL_STEPS, case.new_tokens)
-        kept.fill(k, v, case.seqlen)
+        kept.fill(k, v, case.seqlen, note)
         self.meter.sync()
         seconds = self.meter.first_seconds(lambda: self.decode(kept, batch, steps, case.seqlen))
         return batch * steps / seconds

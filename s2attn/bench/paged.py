@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -150,13 +150,18 @@ class Batch:
         own = self.block_table[sequence, : -(-length // self.case.page_size)].long()
         return pages[own].flatten(0, 1)[:length]
 
-    def contiguous(self, pages: Tensor) -> Tensor:
-        """Keys or values of all sequences ``(B, G, longest, D)``, each at the end of its room, zeros before it."""
+    @cached_property
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, H, T, D)``, and all keys and values ``(B, G, longest, D)``, each sequence at the end of its room, zeros before it.
+
+        Made once: a copy for each peer would not fit.
+        """
         case = self.case
-        made = pages.new_zeros(case.batch, case.kv_heads, case.context, case.head_dim)
+        k, v = (x.new_zeros(case.batch, case.kv_heads, case.context, case.head_dim) for x in (self.k_pages, self.v_pages))
         for sequence, length in enumerate(case.lengths):
-            made[sequence, :, case.context - length :] = self.tokens_of(pages, sequence).transpose(0, 1)
-        return made
+            for made, pages in ((k, self.k_pages), (v, self.v_pages)):
+                made[sequence, :, case.context - length :] = self.tokens_of(pages, sequence).transpose(0, 1)
+        return self.q.transpose(1, 2).contiguous(), k, v
 
 
 def decode_suite(op: str = "decode", size: str = "full") -> list[DecodeCase]:

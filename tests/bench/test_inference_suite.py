@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_batch_that_does_not_fit_is_tried_smaller(monkeypatch: pytest.MonkeyPa
     run, tried = serving(TINY), []
     facts = {"cache_bytes": 1 << 12, "pool_bytes": 1 << 12, "peak_bytes": None}
 
-    def full(name: str, batch: int, size: int) -> float:
+    def full(name: str, batch: int, size: int, note: Callable[[], object]) -> float:
         tried.append(batch)
         if batch > 62:
             raise CacheFull("no page is free")
@@ -83,7 +84,8 @@ def test_a_batch_that_does_not_fit_is_tried_smaller(monkeypatch: pytest.MonkeyPa
     found = run.largest_batch(SDPA, facts, float("inf"))
     assert tried == [64, 63, 62] and (found["batch_computed"], found["batch_largest"]) == (64, 62)
     assert "63 did not fit: CacheFull: no page is free" in found["batch_why"]
-    assert "batch_largest" not in run.largest_batch(SDPA, facts, 0.0)
+    late = run.largest_batch(SDPA, facts, 0.0)
+    assert "batch_largest" not in late and late["batch_why"] == "the time for all timings was over"
 
 
 def test_a_full_cache_holds_what_a_prefilled_one_does() -> None:
@@ -94,7 +96,9 @@ def test_a_full_cache_holds_what_a_prefilled_one_does() -> None:
     k = torch.randn(1, TINY.chunk, TINY.kv_heads, TINY.head_dim)
     page = 2 * TINY.block * TINY.head_dim * 4
     three = run.open(OURS, 3, (3 * one.most_bytes() + run._spare_bytes(OURS)) // page)
-    three.fill(k, k, TINY.seqlen)
+    noted: list[int] = []
+    three.fill(k, k, TINY.seqlen, lambda: noted.append(1))
+    assert len(noted) == 3 * len(TINY.chunks)
     assert three.cache.bytes_used == 3 * one.cache.bytes_used
     run.decode(three, 3, TINY.new_tokens, TINY.seqlen)
 
