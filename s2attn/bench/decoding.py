@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from s2attn.bench.clock import Call, Meter, Timing
 from s2attn.bench.compare import Error, Group, bound_of, eager, errors, exact, worst_of
 from s2attn.bench.flex import mask_function, torch_flex
 from s2attn.bench.journal import Journal, Row
-from s2attn.bench.paged import Batch, DecodeCase, listed_in, packed_layout, uniform_twin
+from s2attn.bench.paged import Batch, DecodeCase, listed_in, unchecked, uniform_twin
 from s2attn.bench.peers import NO_CUDA, sdpa_context
 from s2attn.bench.rows import Effort, Skip, compared, refuse_wrong
 from s2attn.bench.turns import Ready, Turns, error_facts
@@ -26,8 +25,7 @@ from s2attn.patterns import Dense, Head, Pattern, Shape
 
 OURS, COPY, TWIN = "s2attn", "a copy", "uniform"
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-UNCHECKED: Mapping[str, Any] = {"validate": False} if "validate" in inspect.signature(decode).parameters else {}
-"""What keeps `decode` from looking at numbers on the device, so that a CUDA graph can capture it; nothing in versions without it."""
+UNCHECKED: Mapping[str, Any] = unchecked(decode)
 
 
 class DecodePeer(ABC):
@@ -58,16 +56,22 @@ class Paged(DecodePeer):
         return self.case.pattern
 
     def prepare(self) -> tuple[Callable[[], Tensor], Row]:
-        batch, pattern = self.batch, self.pattern
-        began = time.perf_counter()
-        layout = packed_layout(self.case, pattern, self.device)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        facts: Row = {"metadata_s": time.perf_counter() - began, "metadata_bytes": layout.nbytes, "backend": self.backend}
+        facts: Row = {"backend": self.backend}
         if self.device == "cuda" and not UNCHECKED:
             facts["note"] = "this decode looks at numbers on the device, so no CUDA graph captures it, and host time is in it"
-        where: dict[str, Any] = {"block_table": batch.block_table, "seq_lens": batch.seq_lens, "backend": self.backend, **UNCHECKED}
-        return lambda: decode(batch.q, batch.k_pages, batch.v_pages, pattern, **where), facts
+        return lambda: self.attend(self.batch.seq_lens), facts
+
+    def attend(self, seq_lens: Tensor) -> Tensor:
+        """One step with these lengths."""
+        batch = self.batch
+        where: dict[str, Any] = {"block_table": batch.block_table, "seq_lens": seq_lens, "backend": self.backend, **UNCHECKED}
+        return decode(batch.q, batch.k_pages, batch.v_pages, self.pattern, **where)
+
+    def metadata_s(self, meter: Meter) -> float:
+        """What a step with lengths that were never seen takes beyond one with known lengths: a server has new ones at every step."""
+        fewer = (self.batch.seq_lens - 1).clamp(min=1)
+        known, new = (meter.first_seconds(lambda lens=lens: self.attend(lens)) for lens in (self.batch.seq_lens, fewer))
+        return max(0.0, new - known)
 
 
 class PagedDense(Paged):
@@ -275,7 +279,9 @@ def _ready(peer: DecodePeer, oracle: DecodeOracle, meter: Meter) -> Ready:
     error = oracle.check(peer.pattern, results.pop())
     refuse_wrong(error)
     listed, dense = listed_in(case, peer.pattern, case.lengths), listed_in(case, Dense(), case.lengths)
-    measured = {"peak_bytes": meter.peak_bytes(attend), "host_s": meter.host_seconds(attend), "first_s": first_s}
+    measured: Row = {"peak_bytes": meter.peak_bytes(attend), "host_s": meter.host_seconds(attend), "first_s": first_s}
+    if isinstance(peer, Paged):
+        measured["metadata_s"] = peer.metadata_s(meter)
     density = listed.keys / dense.keys
     sizes: Row = {"dense": peer.dense, "density": density, "pairs": listed.pairs, "listed_bytes": listed.bytes(case)}
 

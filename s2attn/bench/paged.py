@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -98,13 +99,6 @@ def _keys_of(layout: Layout, kv_head: int, kv_heads: int) -> int:
     own = [h for h in range(layout.heads) if h * kv_heads // layout.heads == kv_head] or [kv_head * layout.heads // kv_heads]
     lists = [layout.rows.idx[int(layout.rows.ptr[h, 0]) : int(layout.rows.ptr[h, -1])] for h in own]
     return int(layout.k_spans.length[torch.cat(lists).unique().long()].sum())
-
-
-def packed_layout(case: DecodeCase, pattern: Pattern, device: str) -> Layout:
-    """The lists of all sequences of a case, which every step with new lengths needs anew."""
-    cu_q, cu_k = (torch.tensor([0, *accumulate(counts)]) for counts in ((case.q_len,) * case.batch, case.lengths))
-    more: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "block": case.page_size, "device": device}
-    return build_layout(pattern, case.heads, case.kv_heads, **more)
 
 
 def uniform_twin(case: DecodeCase) -> DecodeCase:
@@ -225,3 +219,8 @@ def _tiny() -> list[DecodeCase]:
     s2 = patterns["S2"]
     several = DecodeCase("tiny S2, 4 queries, ragged", s2, 5, 300, q_len=4, ragged=True, **shape)
     return [*cases, several, DecodeCase("tiny dense, ragged", Dense(), 5, 300, ragged=True, **shape)]
+
+
+def unchecked(op: Callable[..., Any]) -> dict[str, Any]:
+    """What keeps a paged op from looking at numbers on the device, so that a CUDA graph can capture it; nothing where it always looks."""
+    return {"validate": False} if "validate" in inspect.signature(op).parameters else {}

@@ -221,15 +221,15 @@ class Selecting:
     def parts(self) -> tuple[dict[str, Call], Tensor, Layout]:
         """Scoring, selection and attention as calls, the estimate ``(1, H, query blocks, key blocks)``, and the layout."""
         x, selector = self.sample, self.case.selector
-        looked = Looked(scale=self.case.head_dim**-0.5)
+        looked = Looked(scale=self.case.head_dim**-0.5, backend=self.backend)
         mass = selector.mass(x.q, x.k, looked)
         known = copy.copy(selector)
         # Selection is all that `layout` does besides scoring, so it is timed as `layout` with the scores at hand.
         object.__setattr__(known, "mass", lambda q, k, call: mass)
-        layout = known.layout(x.q, x.k)
+        layout = known.layout(x.q, x.k, backend=self.backend)
         calls = {
             "score": lambda: selector.mass(x.q, x.k, looked),
-            "select": lambda: known.layout(x.q, x.k),
+            "select": lambda: known.layout(x.q, x.k, backend=self.backend),
             "attention": lambda: attention(x.q, x.k, x.v, layout, backend=self.backend),
         }
         return calls, mass, layout
@@ -240,7 +240,7 @@ class Selecting:
         whole = lambda: attention(x.q, x.k, x.v, case.selector, backend=self.backend)  # noqa: E731
         first_s = self.meter.first_seconds(lambda: results.append(whole()))
         _, mass, layout = self.parts()
-        chosen = case.selector.choose(x.q, x.k, Looked(scale=case.head_dim**-0.5))[0]
+        chosen = case.selector.choose(x.q, x.k, Looked(scale=case.head_dim**-0.5, backend=self.backend))[0]
         found = self.oracle.check_choice(mass[0], chosen)
         error = self.oracle.check_output(results.pop(), chosen)
         refuse_wrong(error)

@@ -17,7 +17,7 @@ def decode_lines(rows: Sequence[Row]) -> Lines:
     from s2attn.bench.tables import by_case, dense_peer, duration, peer_names, size
 
     names = peer_names(rows)
-    more = ["GB/s", "of a copy", "x dense", "efficiency", "ragged / uniform", "lists", "host", "timed by", "error"]
+    more = ["GB/s", "of a copy", "x dense", "efficiency", "ragged / uniform", "new lengths", "host", "timed by", "error"]
     lines = [["case", "density", "listed", *names, *more]]
     for case, peers in by_case(rows).items():
         timed = {name: row for name, row in peers.items() if row["status"] == "ok"}

@@ -20,6 +20,7 @@ from s2attn.bench.cases import AttentionCase
 from s2attn.bench.clock import Call, Meter
 from s2attn.bench.compare import Error, Inputs, Oracle, sample_rows, worst_of
 from s2attn.bench.journal import Journal, Row
+from s2attn.bench.paged import unchecked
 from s2attn.bench.peers import sdpa_context
 from s2attn.bench.rows import Effort, compared, refuse_wrong
 from s2attn.bench.stack import Contiguous, Stack, StackCase, Step
@@ -145,9 +146,9 @@ class PagedStack(Ours):
 
     def step(self, layer: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         end, (k_pages, v_pages) = start + k.shape[1], self.pages[layer]
-        store_kv(k[0], v[0], k_pages, v_pages, self.slots[start:end])
+        store_kv(k[0], v[0], k_pages, v_pages, self.slots[start:end], **unchecked(store_kv))
         where: dict[str, Any] = {"block_table": self.table, "seq_lens": self.lengths[end], "layer": layer, "backend": self.backend}
-        return decode(q, k_pages, v_pages, self.pattern(layer), **where)
+        return decode(q, k_pages, v_pages, self.pattern(layer), **where, **unchecked(decode))
 
 
 class DenseStack(StackPeer):
