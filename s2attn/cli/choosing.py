@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s2attn.cli.screen import console, table
 from s2attn.core import bad_value
-from s2attn.lab.choosing import calibrated, methods, model_data, planted_data, read_by, write_coverage
+from s2attn.lab.choosing import budget_of, calibrated, methods, model_data, planted_data, read_by, write_coverage
 from s2attn.lab.data import read_corpus
 from s2attn.lab.recall import judge, recall_chart, recall_table
 from s2attn.lab.train import load_model
@@ -24,7 +24,7 @@ def show_recall(
     wanted = methods(block, read_shares(coverages))
     data = planted_data(seqlen, seed) if checkpoint is None else model_data(load_model(checkpoint), text_of(text), seqlen)
     judged = judge(wanted, data)
-    print(recall_table(judged))
+    print(recall_table(judged, {name: [budget_of(one) for one in budgets] for name, budgets in wanted.items()}))
     if png is not None:
         png.parent.mkdir(parents=True, exist_ok=True)
         print(f"Picture: {recall_chart(judged, png)}")

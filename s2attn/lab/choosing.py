@@ -36,6 +36,18 @@ def methods(block: int, coverages: Sequence[float] = COVERAGES) -> dict[str, lis
     return found
 
 
+def budget_of(selector: Selector) -> str:
+    """What bounds a selector's choice, in words.
+
+    >>> [budget_of(budgets[0]) for budgets in methods(64).values()][-2:]
+    ['50 % of the estimate', '16 keys, 4 distances']
+    """
+    if isinstance(selector, VerticalSlash):
+        return f"{selector.verticals} keys, {selector.slashes} distances"
+    coverage = getattr(selector, "coverage", None)
+    return f"{100 * coverage:g} % of the estimate" if isinstance(coverage, float) else repr(selector)
+
+
 def planted_data(seqlen: int, seed: int = 0) -> dict[str, Sample]:
     """Every planted structure at one length."""
     return {structure: planted(structure, seqlen=seqlen, seed=seed) for structure in STRUCTURES}

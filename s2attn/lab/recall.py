@@ -138,20 +138,24 @@ def judge(
     }
 
 
-def recall_table(judged: Judged) -> str:
+def recall_table(judged: Judged, budgets: Mapping[str, Sequence[str]] | None = None) -> str:
     """The results as a Markdown table.
+
+    Args:
+        budgets: for each method what its budgets are called; a column of its own, when given.
 
     >>> print(recall_table({("bands", "XAttention"): [Recall(0.25, 0.93, 0.8, 0.95, 0.125)]}))
     | data | method | density | mass kept | least of a row | most possible | output error |
     |---|---|---|---|---|---|---|
     | bands | XAttention | 25.0 % | 93.0 % | 80.0 % | 95.0 % | 0.125 |
     """
-    lines = ["| data | method | density | mass kept | least of a row | most possible | output error |", "|---|---|---|---|---|---|---|"]
+    head = ["data", "method", *(["budget"] if budgets else []), "density", "mass kept", "least of a row", "most possible", "output error"]
+    lines = [head, ["---"] * len(head)]
     for (kind, name), results in judged.items():
-        for r in results:
-            shares = " | ".join(f"{share:.1%}".replace("%", " %") for share in (r.density, r.kept, r.worst, r.oracle))
-            lines.append(f"| {kind} | {name} | {shares} | {r.error:.3f} |")
-    return "\n".join(lines)
+        for i, r in enumerate(results):
+            shares = [f"{share:.1%}".replace("%", " %") for share in (r.density, r.kept, r.worst, r.oracle)]
+            lines.append([kind, name, *([budgets[name][i]] if budgets else []), *shares, f"{r.error:.3f}"])
+    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(line) + " |" for line in lines)
 
 
 def recall_chart(judged: Judged, path: Path) -> Path:

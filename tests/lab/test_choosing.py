@@ -58,7 +58,8 @@ def test_recall_prints_a_table_and_draws_it(checkpoint: Path, tmp_path: Path) ->
     png = tmp_path / "new" / "recall.png"
     shown = run("recall", "--seqlen", "256", "--block", "32", "--coverages", "0.9", "--png", str(png))
     assert shown.exit_code == 0, shown.output
-    assert "| slashes | XAttention, stride 16 |" in shown.stdout and "| bands | vertical-slash |" in shown.stdout
+    assert "| slashes | XAttention, stride 16 | 90 % of the estimate |" in shown.stdout
+    assert "| bands | vertical-slash | 64 keys, 16 distances |" in shown.stdout
     assert png.read_bytes().startswith(b"\x89PNG")
     text = str(checkpoint / "text.txt")
     of_model = run("recall", "--checkpoint", str(checkpoint), "--text", text, "--seqlen", "128", "--block", "32", "--coverages", "0.9")
