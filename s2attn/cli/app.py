@@ -138,7 +138,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     commit: Annotated[str | None, typer.Option(help="Commit for the records, where the source tree cannot tell.")] = None,
 ) -> None:
-    """Suites for a graphics card, within a time limit: attention forward and backward, training and prefill of a layer stack."""
+    """Suites for a graphics card, within a time limit: attention, training and prefill, paged decoding, inference, choosing blocks."""
     with clear_errors():
         from s2attn.bench.session import plan_of
         from s2attn.cli.bench import bench_run
