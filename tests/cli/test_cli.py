@@ -90,7 +90,10 @@ def test_show_draws_heads_that_differ_of_the_layer_that_is_asked_for() -> None:
             ["bench", "cpu", "--peers", "s2attn,fa9"],
             "s2attn: --peers must be some of s2attn, sdpa, flex, separated by commas; got 's2attn,fa9'",
         ),
-        (["bench", "run", "decode"], "s2attn: suites must be some of forward, backward, train, prefill; got 'decode'"),
+        (
+            ["bench", "run", "sleep"],
+            "s2attn: suites must be some of forward, backward, train, prefill, decode, inference, select; got 'sleep'",
+        ),
         (["bench", "compare", "nothing.json"], "s2attn: [Errno 2] No such file or directory: 'nothing.json'"),
         (["bench", "cpu", "--out", "."], "s2attn: --out must name a file; got ."),
     ],
