@@ -47,6 +47,7 @@ def pages_needed(
     num_heads: int | None = None,
     page_size: int = 64,
     heads: HeadRange | None = None,
+    hold: int = 0,
 ) -> int:
     """Pages that let a `SparseCache` take one sequence to so many tokens, in steps of any lengths up to ``chunk``.
 
@@ -58,11 +59,13 @@ def pages_needed(
     """
     check_int("tokens", tokens, 1)
     check_int("chunk", chunk, 1)
+    check_int("hold", hold, 0)
     query_heads = num_kv_heads if num_heads is None else num_heads
     everyone = heads or HeadRange(0, query_heads, query_heads, num_kv_heads)
     needs = page_needs(pattern, everyone, num_kv_heads, num_layers, tokens, page_size)
-    # A step that begins at b holds the pages that begin before b + chunk and have a reader at b or later.
+    # A step that begins at b holds the pages that begin before b + chunk and have a reader at b - hold or later.
     first = np.broadcast_to(np.maximum(np.arange(needs.shape[2]) * page_size - chunk + 1, 0), needs.shape)
-    read = needs >= first
-    change = np.bincount(first[read], minlength=tokens + 1) - np.bincount(needs[read] + 1, minlength=tokens + 1)
+    last = np.minimum(needs + hold, tokens - 1)
+    read = (needs >= 0) & (last >= first)
+    change = np.bincount(first[read], minlength=tokens + 1) - np.bincount(last[read] + 1, minlength=tokens + 1)
     return max(1, int(change.cumsum().max()))
