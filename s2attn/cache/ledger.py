@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,31 @@ class Ledger:
             raise bad_value("tokens", rule if most < length else f"must be at most {length}, the length of sequence {sequence}", tokens)
         for layer in range(len(mine.lengths)):
             self.retract(layer, [(sequence, length - tokens)])
+
+    def books(self, sequence: int) -> tuple[Array, Array]:
+        """What :meth:`restore` needs: pages ``(layers, kv_heads, pages)`` and lengths ``(layers,)``."""
+        mine = self._get(sequence)
+        return mine.table[:, :, : -(-int(mine.lengths.max()) // self.page_size)], mine.lengths
+
+    def restore(self, sequences: Mapping[int, tuple[Array, Array]], pages: int) -> None:
+        """Take over the :meth:`books` of sequences that use the first ``pages`` pages; for a ledger without sequences."""
+        for sequence, (table, lengths) in sequences.items():
+            check_int("sequence", sequence, 0)
+            if lengths.shape != (len(self.needs),) or not (lengths >= 0).all() or not (lengths <= self.max_tokens).all():
+                raise bad_value("lengths", f"must be {len(self.needs)} numbers up to max_tokens ({self.max_tokens})", lengths.tolist())
+            expected = (*self.needs.shape[:2], -(-int(lengths.max()) // self.page_size))
+            if table.shape != expected or not (table >= GONE).all() or not (table < pages).all():
+                raise bad_value("table", f"must have shape {expected} and name pages below {pages}", table.shape)
+            held = table[table != GONE]
+            begun = np.arange(expected[2]) * self.page_size < lengths[:, None, None]
+            needed = begun & (self.needs[:, :, : expected[2]] >= lengths[:, None, None])
+            if len(np.unique(held)) < len(held) or (needed & (table == GONE)).any() or (~begun & (table != GONE)).any():
+                raise bad_value("table", "must name the pages that later queries read, and each page once", f"others for {sequence}")
+            self._sequences[sequence] = _Sequence(table.copy(), lengths.copy())
+            self.references[held] += 1
+        self._free = [page for page in range(self.num_pages - 1, -1, -1) if not self.references[page]]
+        self._next = max([-1, *self._sequences]) + 1
+        self.most_pages = self.used_pages
 
     def table(self, sequence: int, layer: int) -> Array:
         """Pages ``(kv_heads, pages)`` of one layer, -1 where there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from s2attn.core import BLOCKS, check_int
-from s2attn.layout import HeadRange, last_readers, layout_heads
+from s2attn.layout import HeadRange, build_layout, last_readers, layout_heads
 from s2attn.patterns import Pattern, Recipe
 from s2attn.patterns.runs import Array
 
@@ -35,6 +35,18 @@ def page_needs(pattern: Pattern | Recipe, heads: HeadRange, num_kv_heads: int, n
         by_head = np.stack([known[one] for one in resolved])
         needs[layer] = by_head.reshape(num_kv_heads, -1, pages).max(axis=1)
     return needs
+
+
+def pages_read(pattern: Pattern, heads: HeadRange, num_kv_heads: int, layer: int, position: int, page_size: int) -> Array:
+    """Which pages ``(num_kv_heads, pages)`` the query at ``position`` reads of what stands at or before it."""
+    shape = (heads.end - heads.start, num_kv_heads, 1, position + 1)
+    layout = build_layout(pattern, *shape, block=16, layer=layer, heads=heads)
+    listed = np.zeros((num_kv_heads, position // page_size + 1), dtype=bool)
+    for head in range(layout.heads):
+        full, partial = layout.rows.line(head, 0)
+        blocks = np.array([*full, *(block for block, _ in partial)], dtype=np.int64)
+        listed[head * num_kv_heads // layout.heads, blocks * 16 // page_size] = True
+    return listed
 
 
 def pages_needed(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2attn.cache.checks import check_new
 from s2attn.cache.needs import pattern_of
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.ops.decode import decode
@@ -68,7 +69,7 @@ class PagedStep:
         self._check_call(call)
         for name, new in (("q", q), ("k", k), ("v", v)):
             self._check_rows(name, new, axes=4)
-        self.cache.check_new(k, v, axes=4)
+        check_new(k, v, self.cache.pools, self.cache.num_kv_heads, axes=4)
         if self._kept is not None:
             q, k, v = (x.flatten(0, 1)[self._kept] for x in (q, k, v))
         pages = self.cache.pools

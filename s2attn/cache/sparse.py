@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.checks import FLOATS
+from s2attn.cache import saved
+from s2attn.cache.checks import check_new
 from s2attn.cache.ledger import GONE, Ledger, Room
-from s2attn.cache.needs import page_needs, pages_needed, pattern_of
+from s2attn.cache.needs import page_needs, pages_needed, pages_read, pattern_of
 from s2attn.cache.paged_step import PagedStep
 from s2attn.cache.probe import cache_shape
 from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, build_layout, read_cu_seqlens
+from s2attn.layout import HeadRange, read_cu_seqlens
 from s2attn.ops.decode import decode
 from s2attn.ops.step import taking
 from s2attn.ops.store import store_kv
@@ -84,14 +87,13 @@ class SparseCache:
         if check_int("page_size", page_size, 16) % 16:
             raise bad_value("page_size", "must be a multiple of 16", page_size)
         self.heads, self.page_size = heads, page_size
-        check_int("max_tokens", max_tokens, 1)
-        check_int("num_pages", num_pages, 1)
+        self.max_tokens, self.num_pages = check_int("max_tokens", max_tokens, 1), check_int("num_pages", num_pages, 1)
+        self.hold = check_int("hold", hold, 0)
         width, v_width = check_int("head_dim", head_dim, 1), head_dim if v_dim is None else check_int("v_dim", v_dim, 1)
-        everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
-        needs = page_needs(pattern, everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
-        check_int("hold", hold, 0)
+        self._everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
+        needs = page_needs(pattern, self._everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
         self.ledger = Ledger(needs, page_size=page_size, num_pages=num_pages, max_tokens=max_tokens, hold=hold)
-        self._texts: dict[int, list[int]] = {}
+        self.texts: dict[int, list[int]] = {}
         self._k, self._v = (torch.zeros(num_pages, page_size, 1, w, dtype=dtype, device=device) for w in (width, v_width))
 
     @classmethod
@@ -122,24 +124,45 @@ class SparseCache:
             num_pages = check_int("sequences", sequences, 1) * pages_needed(**asked, tokens=max_tokens, chunk=chunk, hold=hold)
         return cls(**shape, num_pages=num_pages, max_tokens=max_tokens, hold=hold)
 
+    def save(self, path: Path | str) -> None:
+        """Write the cache into a file: its settings, its sequences with their numbers and tokens, and the pages that are in use."""
+        saved.save(self, path)
+
+    @classmethod
+    def load(cls, path: Path | str, *, num_pages: int | None = None, device: torch.device | str = "cpu") -> SparseCache:
+        """The cache that :meth:`save` wrote, whatever device it lay on; it goes on as if it had never been away.
+
+        Args:
+            num_pages: pages of the new pool, as many as there were by default.
+
+        Raises:
+            ValueError: a file of another kind, or one whose books do not fit together. Nothing but tensors, numbers and text is unpickled.
+        """
+        data = saved.read(path)
+        settings: Any = {**saved.settings_of(data), "device": device}
+        settings["num_pages"] = settings["num_pages"] if num_pages is None else num_pages
+        cache = cls(**settings)
+        saved.fill(cache, data)
+        return cache
+
     # sequences
 
     def open(self) -> int:
         """A new empty sequence; its number."""
         sequence = self.ledger.open()
-        self._texts[sequence] = []
+        self.texts[sequence] = []
         return sequence
 
     def fork(self, sequence: int) -> int:
         """A new sequence with all tokens of another one, at no cost: pages are shared, and copied when one of the two writes to them."""
         twin = self.ledger.fork(sequence)
-        self._texts[twin] = list(self._texts[sequence])
+        self.texts[twin] = list(self.texts[sequence])
         return twin
 
     def free(self, sequence: int) -> None:
         """Forget a sequence and give its pages back."""
         self.ledger.close(sequence)
-        del self._texts[sequence]
+        del self.texts[sequence]
 
     def rollback(self, sequence: int, tokens: int) -> None:
         """Take the last tokens of a sequence back, in all layers, as if they had never come: drafts that were not accepted.
@@ -151,7 +174,7 @@ class SparseCache:
             ValueError: more tokens than that. Nothing was changed.
         """
         self.ledger.rollback(sequence, tokens)
-        text = self._texts[sequence]
+        text = self.texts[sequence]
         del text[self.ledger.length(sequence) :]
 
     def length(self, sequence: int, layer: int = 0) -> int:
@@ -308,31 +331,20 @@ class SparseCache:
         for sequence in self.ledger.sequences:
             for layer in range(self.num_layers):
                 table = self.ledger.table(sequence, layer)
-                listed = self._read_next(layer, self.length(sequence, layer), table.shape[1])
-                alive = table != GONE
-                held.update(table[alive].tolist())
-                read.update(table[alive & listed].tolist())
+                pattern, position = pattern_of(self.pattern, layer), self.length(sequence, layer)
+                listed = pages_read(pattern, self._everyone, self.num_kv_heads, layer, position, self.page_size)
+                width = min(table.shape[1], listed.shape[1])
+                held.update(table[table != GONE].tolist())
+                read.update(table[:, :width][listed[:, :width]].tolist())
         return len(held - read) * self.page_bytes
 
     @property
     def _token_bytes(self) -> int:
         return (self._k.shape[-1] + self._v.shape[-1]) * self._k.element_size()
 
-    def _read_next(self, layer: int, length: int, pages: int) -> np.ndarray:
-        """Which pages ``(kv_heads, pages)`` the query at position ``length`` reads."""
-        pattern = pattern_of(self.pattern, layer)
-        shape = (self.num_heads, self.num_kv_heads, 1, length + 1)
-        layout = build_layout(pattern, *shape, block=16, layer=layer, heads=self.heads)
-        listed = np.zeros((self.num_kv_heads, max(pages, length // self.page_size + 1)), dtype=bool)
-        for head in range(layout.heads):
-            full, partial = layout.rows.line(head, 0)
-            blocks = np.array([*full, *(block for block, _ in partial)], dtype=np.int64)
-            listed[head * self.num_kv_heads // layout.heads, blocks * 16 // self.page_size] = True
-        return listed[:, :pages]
-
     def _counts(self, sequences: Sequence[int], k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> list[int]:
         """New tokens of each sequence; k and v checked."""
-        self.check_new(k, v, 4 if cu_seqlens_q is None else 3)
+        check_new(k, v, self.pools, self.num_kv_heads, 4 if cu_seqlens_q is None else 3)
         if cu_seqlens_q is None:
             counts = [k.shape[1]] * k.shape[0]
         else:
@@ -340,19 +352,6 @@ class SparseCache:
         if len(counts) != len(sequences):
             raise bad_value("sequences", f"must name one for each of the {len(counts)} of the batch", len(sequences))
         return counts
-
-    def check_new(self, k: Tensor, v: Tensor, axes: int) -> None:
-        """Kind, shape, dtype and device of keys and values that shall be stored; three axes where they are packed, four elsewhere."""
-        for name, new, pages in (("k", k, self._k), ("v", v, self._v)):
-            if not isinstance(new, Tensor):
-                raise bad_kind(name, "must be a tensor", new)
-            rule = f"({'total' if axes == 3 else 'batch, tokens'}, {self.num_kv_heads}, {pages.shape[-1]})"
-            if new.dim() != axes or tuple(new.shape[-2:]) != (self.num_kv_heads, pages.shape[-1]) or new.shape[:-2] != k.shape[:-2]:
-                raise bad_value(name, f"must have shape {rule}", tuple(new.shape))
-            if new.dtype != pages.dtype:
-                raise TypeError(f"{name} must have the dtype of the cache, {pages.dtype}; got {new.dtype}")
-            if new.device != pages.device:
-                raise bad_value(name, f"must lie on the device of the cache, {pages.device}", new.device)
 
     def copy_pages(self, rooms: Sequence[Room]) -> None:
         """Make the copies that new tokens of forks need."""
@@ -364,7 +363,7 @@ class SparseCache:
     def text(self, sequence: int) -> list[int]:
         """The list behind :meth:`tokens`; refused where a layer has been given other tokens."""
         lengths = {self.length(sequence, layer) for layer in range(self.num_layers)}
-        text = self._texts[sequence]
+        text = self.texts[sequence]
         if lengths != {len(text)}:
             raise bad_value("sequence", "must have been filled by steps, which know its tokens", f"{sequence}, filled layer by layer")
         return text
