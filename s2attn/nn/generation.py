@@ -97,7 +97,8 @@ def generate(
 
     Args:
         model: as above.
-        prompts: whole texts, one token or more each. Where a sequence of the cache holds a text's beginning, only the rest is read.
+        prompts: whole texts, one token or more each. Where a sequence of the cache holds a text's beginning, only the rest is read. One
+            that holds all of it takes the last token back, for which the cache must have been made with ``hold=1`` or more.
         sampling: how texts are drawn and when they end, for all of them or for each.
         chunk: tokens of a prompt that are read at a time.
         cache: where keys and values are kept; by default one that has room for these texts and is dropped afterwards.
@@ -162,10 +163,15 @@ def _open(model: Model, texts: list[_Text], chunk: int, cache: SparseCache | Non
     if cache is None:
         if sequences is not None:
             raise bad_value("sequences", "must be left out where no cache is given", sequences)
-        longest = max(len(text.prompt) + text.sampling.max_new_tokens for text in texts)
+        longest = max(len(text.prompt) + text.sampling.max_new_tokens - 1 for text in texts)
         cache = SparseCache.for_model(model, max_tokens=longest, sequences=len(texts), chunk=chunk)
     if not isinstance(cache, SparseCache):
         raise bad_kind("cache", "must be a SparseCache", cache)
+    for text in texts:
+        most = cache.max_tokens + 1 - len(text.prompt)  # the last token that is written need not be read
+        if text.sampling.max_new_tokens > most:
+            rule = f"must be at most {most} for prompts[{text.number}], by max_tokens of the cache ({cache.max_tokens})"
+            raise bad_value("max_new_tokens", rule, text.sampling.max_new_tokens)
     if sequences is None:
         chosen = [cache.open() for _ in texts]
     else:
@@ -174,10 +180,13 @@ def _open(model: Model, texts: list[_Text], chunk: int, cache: SparseCache | Non
             raise bad_value("sequences", f"must be {len(texts)} different ones, one for each prompt", chosen)
     for text, sequence in zip(texts, chosen, strict=True):
         known = cache.tokens(sequence)
-        if len(known) >= len(text.prompt) or known != text.prompt[: len(known)]:
-            rule = f"must begin with the {len(known)} tokens that sequence {sequence} of the cache holds, and go on"
+        if known != text.prompt[: len(known)]:
+            rule = f"must begin with the {len(known)} tokens that sequence {sequence} of the cache holds"
             raise bad_value(f"prompts[{text.number}]", rule, f"{len(text.prompt)} tokens")
         text.sequence = sequence
+    for text in texts:
+        if cache.length(text.sequence) == len(text.prompt):
+            cache.rollback(text.sequence, 1)  # its last token is read again, since its logits are not kept
     return cache
 
 

@@ -164,6 +164,17 @@ def test_a_stream_that_is_left_can_be_taken_up(model: LanguageModel) -> None:
     assert new + rest.new == whole.new and rest.sequence == sequence
 
 
+def test_a_sequence_that_holds_the_whole_text_reads_its_last_token_again(model: LanguageModel) -> None:
+    prompt = tokens_of(48)
+    (whole,) = generate(model, [prompt], Sampling(12))
+    cache = SparseCache.for_model(model, max_tokens=60, hold=1)
+    sequence, rows = cache.open(), torch.tensor([prompt])
+    with torch.no_grad(), cache.step([sequence], rows):
+        model(rows)
+    (text,) = generate(model, [prompt], Sampling(12), cache=cache, sequences=[sequence])
+    assert text.new == whole.new and cache.tokens(sequence) == text.tokens[:-1]
+
+
 def test_a_full_cache_loses_nothing(model: LanguageModel) -> None:
     prompts, how = [tokens_of(40, seed=i) for i in range(2)], Sampling(60)
     whole = generate(model, prompts, how)
@@ -229,13 +240,15 @@ def test_bad_caches_are_refused(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="sequences must be left out where no cache is given"):
         stream(model, [[1]], sequences=[0])
     with pytest.raises(TypeError, match="cache must be a SparseCache; got int"):
-        stream(model, [[1]], cache=3)
+        stream(model, [[1]], Sampling(2), cache=3)
     with pytest.raises(ValueError, match="sequences must be 2 different ones, one for each prompt"):
-        stream(model, [[1], [2]], cache=cache, sequences=[cache.open()])
+        stream(model, [[1], [2]], Sampling(2), cache=cache, sequences=[cache.open()])
+    with pytest.raises(ValueError, match=r"max_new_tokens must be at most 57 for prompts\[1\], by max_tokens of the cache \(60\); got 58"):
+        stream(model, [[1], [1, 2, 3, 4]], Sampling(58), cache=cache)
     (text,) = generate(model, [[1, 2, 3]], Sampling(2), cache=cache)
-    for prompt in ([1, 2, 3, text.new[0]], [1, 2, 4, 5, 6]):
-        with pytest.raises(ValueError, match=r"prompts\[0\] must begin with the 4 tokens that sequence 1 of the cache holds, and go on"):
-            stream(model, [prompt], cache=cache, sequences=[1])
+    for prompt in ([1, 2, 3], [1, 2, 4, 5, 6]):
+        with pytest.raises(ValueError, match=r"prompts\[0\] must begin with the 4 tokens that sequence 1 of the cache holds; got "):
+            stream(model, [prompt], Sampling(2), cache=cache, sequences=[text.sequence])
 
 
 def test_a_model_with_other_results_is_refused(model: LanguageModel) -> None:
