@@ -12,6 +12,8 @@ from torch import Tensor
 from s2attn.cache.checks import check_new
 from s2attn.cache.needs import pattern_of
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.ops.attention import autocast
+from s2attn.ops.cascade import decode_cascade
 from s2attn.ops.decode import decode
 from s2attn.ops.step import LayerCall
 from s2attn.ops.store import store_kv
@@ -29,13 +31,16 @@ class PagedStep:
         starts: the length of each sequence before.
     """
 
-    def __init__(self, cache: SparseCache, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None) -> None:
+    def __init__(
+        self, cache: SparseCache, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None, cascade: bool = False
+    ) -> None:
         self.counts = _checked(sequences, tokens, counts)
         self.cache, self.sequences, self.tokens = cache, list(sequences), tokens
         self.texts = [cache.text(sequence) for sequence in sequences]
         self.starts = [len(text) for text in self.texts]
         rooms = cache.ledger.reserve_step(list(zip(sequences, self.counts, strict=True)))
         cache.copy_pages([room for layer in rooms for room in layer])
+        self._decode = decode_cascade if cascade else decode
         self._done = [False] * cache.num_layers
         device = cache.k_pages.device
         slots = [np.concatenate([room.slots.reshape(-1) for room in layer]) for layer in rooms]
@@ -69,13 +74,14 @@ class PagedStep:
         self._check_call(call)
         for name, new in (("q", q), ("k", k), ("v", v)):
             self._check_rows(name, new, axes=4)
+        q, k, v = autocast(q, k, v)
         check_new(k, v, self.cache.pools, self.cache.num_kv_heads, axes=4)
         if self._kept is not None:
             q, k, v = (x.flatten(0, 1)[self._kept] for x in (q, k, v))
         pages = self.cache.pools
         store_kv(k.detach().reshape(-1, 1, k.shape[-1]), v.detach().reshape(-1, 1, v.shape[-1]), *pages, self._slots[call.layer])
         self._done[call.layer] = True
-        out, lse = decode(
+        out, lse = self._decode(
             q,
             self.cache.k_pages,
             self.cache.v_pages,

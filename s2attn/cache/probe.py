@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from s2attn.core import Unsupported, bad_value
 from s2attn.layout import default_block
 from s2attn.ops import attention
+from s2attn.ops.attention import autocast
 from s2attn.ops.step import LayerCall, plain_look_back, plain_positions, taking
 from s2attn.patterns import Recipe
 
@@ -25,6 +26,7 @@ class _Probe:
         self.found: list[tuple[LayerCall, dict[str, Any]]] = []
 
     def attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = autocast(q, k, v)
         place = {"num_heads": call.num_heads, "num_kv_heads": call.num_kv_heads, "heads": call.heads}
         self.found.append((call, {**place, "head_dim": k.shape[-1], "v_dim": v.shape[-1], "dtype": k.dtype, "device": k.device}))
         how: Any = {"causal": call.causal, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}

@@ -20,6 +20,7 @@ from s2attn.cache.paged_step import PagedStep
 from s2attn.cache.probe import cache_shape
 from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.layout import HeadRange, read_cu_seqlens
+from s2attn.ops.cascade import decode_cascade
 from s2attn.ops.decode import decode
 from s2attn.ops.step import taking
 from s2attn.ops.store import store_kv
@@ -188,7 +189,9 @@ class SparseCache:
     # a whole model
 
     @contextmanager
-    def step(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None = None) -> Iterator[PagedStep]:
+    def step(
+        self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None = None, *, cascade: bool = False
+    ) -> Iterator[PagedStep]:
         """Run a model over new tokens inside the block: each `SparseAttention` in it stores, attends, and reads from this cache.
 
         The model is called with ``tokens`` and no more; `s2attn.nn.positions` tells it where they stand. Room in all layers is taken
@@ -198,6 +201,7 @@ class SparseCache:
             sequences: one for each row, all different.
             tokens: ``(B, T)`` integers, which the cache remembers.
             counts: how many tokens each row has; the rest of a row is padding, of any value, and changes nothing. T by default.
+            cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
 
         Raises:
             CacheFull: not enough free pages. Nothing was changed: make room and take the same step again.
@@ -215,7 +219,7 @@ class SparseCache:
         >>> cache.length(sequence), out.shape
         (100, torch.Size([1, 20, 4, 8]))
         """
-        made = PagedStep(self, sequences, tokens, counts)
+        made = PagedStep(self, sequences, tokens, counts, cascade)
         try:
             with taking(made):
                 yield made
@@ -227,13 +231,23 @@ class SparseCache:
     # tokens
 
     def attend(
-        self, sequences: Sequence[int], layer: int, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor | None = None, **options: Any
+        self,
+        sequences: Sequence[int],
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cascade: bool = False,
+        **options: Any,
     ) -> Any:
         """Append new tokens, let their queries attend, and give back what no later query reads: one layer of a model in one call.
 
         Args:
             sequences: as many as the batch has, all different.
             q, k, v: ``(B, T, H, D)``, ``(B, T, G, D)``, ``(B, T, G, Dv)``; or packed, with ``cu_seqlens_q``.
+            cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
             options: scale, softcap, sinks, return_lse, backend of `s2attn.decode`.
 
         Raises:
@@ -246,7 +260,7 @@ class SparseCache:
         pattern = pattern_of(self.pattern, layer)
         where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
         try:
-            result = decode(q, self.k_pages, self.v_pages, pattern, **where, **options)
+            result = (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **where, **options)
         except Exception:  # whatever was wrong with the queries: the tokens do not stay either
             self.ledger.retract(layer, before)
             raise
@@ -326,7 +340,8 @@ class SparseCache:
 
     @property
     def bytes_waiting(self) -> int:
-        """Bytes of pages which the next query of their head does not read, though a later one may: 0 for KV-efficient patterns."""
+        """Bytes of pages which the next query of their head does not read, though a later one may: 0 for KV-efficient patterns,
+        unless tokens are held."""
         read, held = set(), set()
         for sequence in self.ledger.sequences:
             for layer in range(self.num_layers):

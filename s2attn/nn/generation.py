@@ -87,6 +87,7 @@ def generate(
     chunk: int = 512,
     cache: SparseCache | None = None,
     sequences: Sequence[int] | None = None,
+    cascade: bool = False,
 ) -> list[Generated]:
     """Continue some texts, all of them together, each until its own end.
 
@@ -103,6 +104,7 @@ def generate(
         chunk: tokens of a prompt that are read at a time.
         cache: where keys and values are kept; by default one that has room for these texts and is dropped afterwards.
         sequences: the cache's sequence for each text; new ones by default, which stay open.
+        cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
 
     Returns:
         A `Generated` for each prompt, in order.
@@ -121,7 +123,7 @@ def generate(
     """
     texts = _texts(prompts, sampling)
     given = cache is not None
-    for _ in _stream(model, texts, chunk, _open(model, texts, chunk, cache, sequences), given):
+    for _ in _stream(_Feed(model, _open(model, texts, chunk, cache, sequences), chunk, cascade), texts, given):
         pass
     return [text.result(given) for text in texts]
 
@@ -134,6 +136,7 @@ def stream(
     chunk: int = 512,
     cache: SparseCache | None = None,
     sequences: Sequence[int] | None = None,
+    cascade: bool = False,
 ) -> Iterator[list[NewToken]]:
     """The tokens of `generate` as they are written: a list for each step, with the next token of every text that goes on.
 
@@ -141,7 +144,7 @@ def stream(
     sequences of a given cache open, with the tokens that the model has read.
     """
     texts = _texts(prompts, sampling)
-    return _stream(model, texts, chunk, _open(model, texts, chunk, cache, sequences), cache is not None)
+    return _stream(_Feed(model, _open(model, texts, chunk, cache, sequences), chunk, cascade), texts, cache is not None)
 
 
 def _texts(prompts: Sequence[Sequence[int] | Tensor], sampling: Sampling | Sequence[Sampling]) -> list[_Text]:
@@ -190,10 +193,46 @@ def _open(model: Model, texts: list[_Text], chunk: int, cache: SparseCache | Non
     return cache
 
 
+@dataclass(frozen=True, eq=False)
+class _Feed:
+    """A model that reads pieces of texts into its cache."""
+
+    model: Model
+    cache: SparseCache
+    chunk: int
+    cascade: bool
+
+    def prompts(self, texts: list[_Text]) -> Tensor:
+        """Read all prompts, a chunk of each at a time, and return the logits ``(texts, vocabulary)`` after them."""
+        left = {text.number: text.prompt[self.cache.length(text.sequence) :] for text in texts}
+        rows: dict[int, Tensor] = {}
+        while left:
+            reading = [text for text in texts if text.number in left]
+            found = self.pieces(reading, [left[text.number][: self.chunk] for text in reading])
+            for text, row in zip(reading, found, strict=True):
+                left[text.number] = left[text.number][self.chunk :]
+                if not left[text.number]:
+                    del left[text.number]
+                    rows[text.number] = row
+        return torch.stack([rows[text.number] for text in texts])
+
+    def pieces(self, texts: list[_Text], pieces: list[list[int]]) -> Tensor:
+        """Read the next piece of each text, and return the logits after it."""
+        counts = [len(piece) for piece in pieces]
+        padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
+        rows = torch.tensor(padded, device=device_of(self.model))
+        with self.cache.step([text.sequence for text in texts], rows, counts, cascade=self.cascade):
+            logits = self.model(rows)
+            if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != rows.shape:
+                rule = f"must return logits of shape ({', '.join(map(str, rows.shape))}, vocabulary)"
+                raise bad_value("model", rule, tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__)
+            return logits[torch.arange(len(rows)), torch.tensor(counts) - 1]
+
+
 @torch.no_grad()
-def _stream(model: Model, texts: list[_Text], chunk: int, cache: SparseCache, given: bool) -> Iterator[list[NewToken]]:
+def _stream(feed: _Feed, texts: list[_Text], given: bool) -> Iterator[list[NewToken]]:
     try:
-        logits, live = _prefill(model, texts, chunk, cache), texts
+        logits, live = feed.prompts(texts), texts
         while live:
             drawn = draw(logits, [text.sampling for text in live], [len(text.tokens) for text in live])
             for text, token in zip(live, drawn, strict=True):
@@ -201,37 +240,10 @@ def _stream(model: Model, texts: list[_Text], chunk: int, cache: SparseCache, gi
             yield [NewToken(text.number, text.new[-1], text.finish, row) for text, row in zip(live, logits, strict=True)]
             for text in live:
                 if text.finish and not given:
-                    cache.free(text.sequence)
+                    feed.cache.free(text.sequence)
             live = [text for text in live if not text.finish]
             if live:
-                logits = _run(model, cache, live, [text.new[-1:] for text in live])
+                logits = feed.pieces(live, [text.new[-1:] for text in live])
     except CacheFull as error:
         error.texts = [text.result(given) for text in texts]
         raise
-
-
-def _prefill(model: Model, texts: list[_Text], chunk: int, cache: SparseCache) -> Tensor:
-    """Read all prompts, and return the logits after each; those that are longest come last to their end."""
-    left = {text.number: text.prompt[cache.length(text.sequence) :] for text in texts}
-    rows: dict[int, Tensor] = {}
-    while left:
-        reading = [text for text in texts if text.number in left]
-        found = _run(model, cache, reading, [left[text.number][:chunk] for text in reading])
-        for text, row in zip(reading, found, strict=True):
-            left[text.number] = left[text.number][chunk:]
-            if not left[text.number]:
-                del left[text.number]
-                rows[text.number] = row
-    return torch.stack([rows[text.number] for text in texts])
-
-
-def _run(model: Model, cache: SparseCache, texts: list[_Text], pieces: list[list[int]]) -> Tensor:
-    """Feed each text its next piece, and return the logits ``(texts, vocabulary)`` after it."""
-    counts = [len(piece) for piece in pieces]
-    rows = torch.tensor([piece + [0] * (max(counts) - len(piece)) for piece in pieces], device=device_of(model))
-    with cache.step([text.sequence for text in texts], rows, counts):
-        logits = model(rows)
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != rows.shape:
-            rule = f"must return logits of shape ({', '.join(map(str, rows.shape))}, vocabulary)"
-            raise bad_value("model", rule, tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__)
-        return logits[torch.arange(len(rows)), torch.tensor(counts) - 1]

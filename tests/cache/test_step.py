@@ -193,6 +193,16 @@ def test_other_misuse_is_refused() -> None:
     assert LAYERS[0](*qkv(1, 3)).shape == (1, 3, 4, 8)  # and outside of a step nothing of this matters
 
 
+def test_under_autocast_a_step_is_what_attention_is() -> None:
+    layer, call = SparseAttention(S2, 4, 2), qkv(1, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = SparseCache.for_model(lambda tokens: layer(*qkv(*tokens.shape)), max_tokens=50)
+        with cache.step([cache.open()], rows(40)):
+            out = layer(*call)
+        assert cache.k_pages.dtype == out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, layer(*call), atol=0.02, rtol=0.02)
+
+
 def test_a_cache_for_a_model_has_its_shape() -> None:
     class Model(torch.nn.Module):
         def __init__(self, *layers):

@@ -151,6 +151,18 @@ def test_a_text_goes_on_from_its_cache(other: Other) -> None:
     assert cache.length(first.sequence) == 51 and cache.length(forks[0]) == 69
 
 
+def test_forks_that_read_their_prompt_together_write_what_each_writes(other: Other) -> None:
+    """A cascade over sequences of different lengths, some of which end early."""
+    prompt, ends = tokens_of(100, vocabulary=50), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    how = [Sampling(count, temperature=1.0, seed=count) for count in (30, 9, 20)]
+    alone = generate(other, [prompt + end for end in ends], how)
+    cache = SparseCache.for_model(other, max_tokens=140, sequences=3)
+    (first,) = generate(other, [prompt], Sampling(1), cache=cache)
+    sequences = [cache.fork(first.sequence) for _ in ends]
+    together = generate(other, [prompt + end for end in ends], how, cache=cache, sequences=sequences, cascade=True)
+    assert [text.new for text in together] == [text.new for text in alone]
+
+
 def test_a_stream_that_is_left_can_be_taken_up(model: LanguageModel) -> None:
     prompt = tokens_of(30)
     (whole,) = generate(model, [prompt], Sampling(12))
