@@ -234,7 +234,7 @@ def _stream(feed: _Feed, texts: list[_Text], given: bool) -> Iterator[list[NewTo
     try:
         logits, live = feed.prompts(texts), texts
         while live:
-            drawn = draw(logits, [text.sampling for text in live], [len(text.tokens) for text in live])
+            drawn = draw(logits, [text.sampling for text in live], [len(text.prompt) + len(text.new) for text in live])
             for text, token in zip(live, drawn, strict=True):
                 text.write(token)
             yield [NewToken(text.number, text.new[-1], text.finish, row) for text, row in zip(live, logits, strict=True)]
