@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s2attn.core import bad_kind, bad_value
+from s2attn.core import Unsupported, bad_kind, bad_value
+from s2attn.ops.step import LayerCall
+from s2attn.patterns import Pattern
+
+
+def kept_pattern(call: LayerCall) -> Pattern:
+    """The pattern of a layer that a cache can serve."""
+    if not isinstance(call.pattern, Pattern):
+        why = "it chooses keys from each q, so that nothing can be given back; PageBounds.pages chooses among the pages of a cache"
+        raise Unsupported("a cache serves patterns, which say before what later queries read", {type(call.pattern).__name__: [why]})
+    if not call.causal:
+        raise Unsupported("a cache serves causal attention", {"SparseAttention": ["it was made with causal=False"]})
+    return call.pattern
 
 
 def check_new(k: Tensor, v: Tensor, pools: tuple[Tensor, Tensor], num_kv_heads: int, axes: int) -> None:

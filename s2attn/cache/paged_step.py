@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2attn.cache.checks import check_new
+from s2attn.cache.checks import check_new, kept_pattern
 from s2attn.cache.needs import pattern_of
-from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.ops.attention import autocast
 from s2attn.ops.cascade import decode_cascade
 from s2attn.ops.decode import decode
 from s2attn.ops.step import LayerCall
 from s2attn.ops.store import store_kv
-from s2attn.patterns import Dense
+from s2attn.patterns import Dense, Pattern
 
 if TYPE_CHECKING:
     from s2attn.cache.sparse import SparseCache
@@ -71,7 +71,7 @@ class PagedStep:
 
     def attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys of a layer's new tokens and let their queries attend to all that the cache holds of it."""
-        self._check_call(call)
+        pattern = self._checked_pattern(call)
         for name, new in (("q", q), ("k", k), ("v", v)):
             self._check_rows(name, new, axes=4)
         q, k, v = autocast(q, k, v)
@@ -85,7 +85,7 @@ class PagedStep:
             q,
             self.cache.k_pages,
             self.cache.v_pages,
-            call.pattern,
+            pattern,
             block_table=self._tables[call.layer],
             seq_lens=self._seq_lens,
             cu_seqlens_q=self._cu,
@@ -130,11 +130,9 @@ class PagedStep:
             rule = f"must have the batch and the tokens of the step, {tuple(self.tokens.shape)}, as its first two axes"
             raise bad_value(name, rule, tuple(tensor.shape))
 
-    def _check_call(self, call: LayerCall) -> None:
-        """That this module's attention is what the cache was made for."""
-        cache = self.cache
-        if not call.causal:
-            raise Unsupported("a cache serves causal attention", {"SparseAttention": ["it was made with causal=False"]})
+    def _checked_pattern(self, call: LayerCall) -> Pattern:
+        """The pattern of a module whose attention is what the cache was made for."""
+        cache, pattern = self.cache, kept_pattern(call)
         if call.layer >= cache.num_layers:
             raise bad_value("layer", f"must be below num_layers of the cache ({cache.num_layers})", call.layer)
         if self._done[call.layer]:
@@ -145,9 +143,10 @@ class PagedStep:
             rule = f"must have the heads of the cache, {cache.num_heads} over {cache.num_kv_heads}"
             raise bad_value("SparseAttention", f"{rule} ({cache.heads or 'all of the model'})", came)
         kept = pattern_of(cache.pattern, call.layer)
-        if call.pattern != kept and not isinstance(kept, Dense):
+        if pattern != kept and not isinstance(kept, Dense):
             rule = f"must be what the cache keeps in layer {call.layer}, {kept}, or the cache's must be Dense()"
-            raise bad_value("pattern", rule, call.pattern)
+            raise bad_value("pattern", rule, pattern)
+        return pattern
 
 
 def _checked(sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None) -> list[int]:

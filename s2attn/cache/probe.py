@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2attn.cache.checks import kept_pattern
 from s2attn.core import Unsupported, bad_value
 from s2attn.layout import default_block
 from s2attn.ops import attention
@@ -26,11 +27,11 @@ class _Probe:
         self.found: list[tuple[LayerCall, dict[str, Any]]] = []
 
     def attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = autocast(q, k, v)
+        pattern, (q, k, v) = kept_pattern(call), autocast(q, k, v)
         place = {"num_heads": call.num_heads, "num_kv_heads": call.num_kv_heads, "heads": call.heads}
         self.found.append((call, {**place, "head_dim": k.shape[-1], "v_dim": v.shape[-1], "dtype": k.dtype, "device": k.device}))
         how: Any = {"causal": call.causal, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}
-        return attention(q, k, v, call.pattern, **how, layer=call.layer, heads=call.heads, return_lse=True)
+        return attention(q, k, v, pattern, **how, layer=call.layer, heads=call.heads, return_lse=True)
 
 
 def device_of(model: Callable[[Tensor], Tensor]) -> torch.device:
@@ -59,7 +60,7 @@ def cache_shape(model: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     others = [f"layer {call.layer}: {came}" for call, came in probe.found if came != shape]
     if others:
         raise Unsupported(f"all layers of a cache have one shape, here {shape}", {"model": others})
-    patterns = {call.layer: call.pattern for call, _ in probe.found}
+    patterns = {call.layer: kept_pattern(call) for call, _ in probe.found}
     same = len(set(patterns.values())) == 1
     page_size = min(default_block(pattern) for pattern in patterns.values())
     return {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from s2attn.core import bad_value
 from s2attn.layout import HeadRange
+from s2attn.ops.selector import Selector
 from s2attn.patterns import Pattern
 
 
@@ -25,7 +26,7 @@ class LayerCall:
     The fields are the arguments of `s2attn.nn.SparseAttention`, and ``sinks`` is its parameter.
     """
 
-    pattern: Pattern
+    pattern: Pattern | Selector
     num_heads: int
     num_kv_heads: int
     layer: int

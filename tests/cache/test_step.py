@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import s2attn
-from s2attn import Dense, Local, Power, Recipe, SparseAttention, SparseCache, Stride, Unsupported, Window
+from s2attn import Dense, Local, Power, Recipe, SparseAttention, SparseCache, Stride, Unsupported, Window, XAttention
 from s2attn.cache import CacheFull
 
 S2 = Local(2, 16) | Stride(3, block=16)
@@ -161,6 +161,12 @@ def test_bad_steps_are_refused(arguments, message) -> None:
     ("module", "call", "error", "message"),
     [
         (SparseAttention(S2, 4, 2, causal=False), qkv(1, 3), Unsupported, "a cache serves causal attention"),
+        (
+            SparseAttention(XAttention(), 4, 2),
+            qkv(1, 3),
+            Unsupported,
+            "a cache serves patterns.*\n  XAttention: it chooses",
+        ),
         (SparseAttention(S2, 4, 2, layer=2), qkv(1, 3), ValueError, r"layer must be below num_layers of the cache \(2\); got 2"),
         (SparseAttention(S2, 4, 4), (*qkv(1, 3)[:1], *[qkv(1, 3)[0]] * 2), ValueError, "SparseAttention must have the heads of the cache"),
         (SparseAttention(Window(3), 4, 2, layer=1), qkv(1, 3), ValueError, "pattern must be what the cache keeps in layer 1, Local"),
@@ -220,5 +226,7 @@ def test_a_cache_for_a_model_has_its_shape() -> None:
     )
     with pytest.raises(ValueError, match=r"layer must be 0 to 1 in the SparseAttention modules of the model, each once; got \[0, 0\]"):
         SparseCache.for_model(Model(LAYERS[0], LAYERS[0]), max_tokens=200)
+    with pytest.raises(Unsupported, match="a cache serves patterns"):
+        SparseCache.for_model(Model(SparseAttention(XAttention(), 4, 2)), max_tokens=200)
     with pytest.raises(Unsupported, match="there is nothing to keep for this model"):
         SparseCache.for_model(Model(), max_tokens=200)
