@@ -34,10 +34,10 @@ class _Probe:
         return attention(q, k, v, pattern, **how, layer=call.layer, heads=call.heads, return_lse=True)
 
 
-def device_of(model: Callable[[Tensor], Tensor]) -> torch.device:
-    """Where a model's first weight lies; the CPU for what has none."""
+def device_of(model: Callable[[Tensor], Tensor], otherwise: torch.device) -> torch.device:
+    """Where a model's first weight lies, and so its tokens; ``otherwise`` for what has none."""
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if weight is None else weight.device
+    return otherwise if weight is None else weight.device
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def cache_shape(model: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """
     probe = _Probe()
     with taking(probe):
-        model(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
+        model(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model, torch.device("cpu"))))
     if not probe.found:
         raise Unsupported("there is nothing to keep for this model", {"SparseAttention": ["the model called none"]})
     layers = [call.layer for call, _ in probe.found]

@@ -220,7 +220,7 @@ class _Feed:
         """Read the next piece of each text, and return the logits after it."""
         counts = [len(piece) for piece in pieces]
         padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
-        rows = torch.tensor(padded, device=device_of(self.model))
+        rows = torch.tensor(padded, device=device_of(self.model, self.cache.k_pages.device))
         with self.cache.step([text.sequence for text in texts], rows, counts, cascade=self.cascade):
             logits = self.model(rows)
             if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != rows.shape:
