@@ -53,6 +53,31 @@ def demo(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and weights.pt, such as demo-report/checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    file: Annotated[Path | None, typer.Option(help="The text to continue is in this file.")] = None,
+    count: Annotated[int, typer.Option(help="Bytes to write.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest bytes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest likely bytes that have this probability together.")] = None,
+    stop: Annotated[str, typer.Option(help="End behind any of these characters, of one byte each.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    chunk: Annotated[int, typer.Option(help="Bytes of the prompt that are read at a time.")] = 512,
+    save: Annotated[Path | None, typer.Option(help="Keep the cache in this file.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from a cache that --save wrote; a prompt comes behind its text.")] = None,
+    room: Annotated[int, typer.Option(help="Bytes that the text of a saved cache may grow to; no more than now when left out.")] = 0,
+) -> None:
+    """Let a trained model write, live, through a cache that gives back the keys which no later byte can read."""
+    with clear_errors():
+        from s2attn.cli.generate import Source, show_generation
+        from s2attn.nn.sampling import Sampling
+
+        sampling = Sampling(count, list(stop.encode()), temperature, top_k, top_p, seed)
+        show_generation(checkpoint, Source(prompt, file, resume), sampling, chunk=chunk, save=save, room=room)
+
+
+@app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder for the table; the variable OUT, or the package's own, when left out.")] = None,
     ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv",

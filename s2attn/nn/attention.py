@@ -12,6 +12,7 @@ from s2attn.layout import HeadRange
 from s2attn.ops import attention
 from s2attn.ops.checks import check_softcap
 from s2attn.ops.selector import Selector
+from s2attn.ops.step import LayerCall, current_step
 from s2attn.patterns import Pattern
 
 
@@ -19,6 +20,10 @@ class SparseAttention(nn.Module):
     """Attention over the keys that a pattern lets each query see; no projections.
 
     Without sinks it has no parameters, and nothing in the state dict; with them one parameter, ``sinks``.
+
+    Inside ``with cache.step(...)`` of a `s2attn.SparseCache` the tensors hold the new tokens alone: their keys are stored in the cache,
+    their queries see what it holds, and rows that were padded give 0 where the padding is. There ``layer`` says whose pages these are, so
+    that every module of a model needs its own number, from 0 on.
 
     Args:
         pattern: which keys are seen; or a selector, which finds them from q and k.
@@ -79,6 +84,12 @@ class SparseAttention(nn.Module):
             raise bad_value("q", f"must have num_heads ({self.num_heads}) heads", q.shape[-2])
         if isinstance(k, torch.Tensor) and k.dim() >= 2 and k.shape[-2] != self.num_kv_heads:
             raise bad_value("k", f"must have num_kv_heads ({self.num_kv_heads}) heads", k.shape[-2])
+        ask = current_step()
+        if ask is not None:
+            if cu_seqlens_q is not None or cu_seqlens_k is not None:
+                raise bad_value("cu_seqlens_q and cu_seqlens_k", "must be left out while a cache takes a step", "packed sequences")
+            out, lse = ask("attend", self._call(), q, k, v)
+            return (out, lse) if return_lse else out
         return attention(
             q,
             k,
@@ -95,6 +106,10 @@ class SparseAttention(nn.Module):
             heads=self.heads,
             backend=self.backend,
         )
+
+    def _call(self) -> LayerCall:
+        names = ("pattern", "num_heads", "num_kv_heads", "layer", "causal", "heads", "scale", "softcap", "sinks", "backend")
+        return LayerCall(**{name: getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

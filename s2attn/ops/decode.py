@@ -68,8 +68,8 @@ def decode(
     >>> s2attn.decode(q, k_pages, v_pages, s2attn.Window(64), block_table=table, seq_lens=torch.tensor([150])).shape
     torch.Size([1, 1, 8, 32])
     """
-    _check_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
-    _check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)
+    check_paged_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
+    check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)
     for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
         check_page_scale(name, factor, k_pages if name == "k_scale" else v_pages)
     scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
@@ -112,7 +112,7 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
     return pattern_text(pattern, block, True, check_int("layer", layer, 0), heads), []
 
 
-def _check_tensors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: bool) -> None:
+def check_paged_tensors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: bool) -> None:
     for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
         if not isinstance(tensor, Tensor):
             raise bad_kind(name, "must be a tensor", tensor)
@@ -158,7 +158,7 @@ def check_page_scale(name: str, factor: Tensor | None, pages: Tensor) -> None:
         raise bad_value(name, f"must have shape ({pages.shape[2]},), one number for each KV head, on {pages.device}", tuple(factor.shape))
 
 
-def _check_tables(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
+def check_tables(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
     for name, numbers in (("block_table", block_table), ("seq_lens", seq_lens), ("cu_seqlens_q", cu_seqlens_q)):
         if numbers is None:
             continue

@@ -223,3 +223,53 @@ def test_another_missing_module_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match="numpy"):
         cli.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from s2attn.lab.model import LanguageModel, ModelConfig
+    from s2attn.lab.train import save_model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_model(LanguageModel(ModelConfig(layers=2, width=32, heads=2, kv_heads=1, hidden=32)), folder)
+    return folder
+
+
+def test_generate_writes_and_goes_on_from_its_cache(trained: Path, tmp_path: Path) -> None:
+    words = ["generate", str(trained), "--temperature", "1.0", "--seed", "4"]
+    whole = run(*words, "--prompt", "def f(x):", "--count", "40")
+    assert whole.exit_code == 0, whole.output
+    assert re.search(r"40 bytes in [\d.]+ s; the cache never held more than \d+ kB", whole.stderr)
+    file, cache = tmp_path / "prompt.txt", str(tmp_path / "cache.pt")
+    file.write_text("def f(x):")
+    first = run(*words, "--file", str(file), "--count", "25", "--save", cache, "--room", "60", "--chunk", "4")
+    second = run(*words, "--resume", cache, "--count", "15")
+    ascii_of = lambda text: "".join(letter for letter in text if letter.isascii() and letter != "\n")  # noqa: E731
+    assert len(ascii_of(whole.stdout)) > 5  # a character that is cut in two is shown as two broken ones
+    assert ascii_of(first.stdout) + ascii_of(second.stdout) == ascii_of(whole.stdout)
+
+
+def test_generate_takes_more_text_behind_a_cache_and_stops_where_it_shall(trained: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache.pt")
+    assert run("generate", str(trained), "--prompt", "one ", "--count", "3", "--save", cache, "--room", "400").exit_code == 0
+    result = run("generate", str(trained), "--prompt", "two ", "--resume", cache, "--count", "300", "--temperature", "2", "--stop", "eat")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip("\n")[-1] in "eat" and not set(result.stdout.rstrip("\n")[:-1]) & set("eat")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "s2attn: --prompt must hold something, or --file or --resume be given; got nothing"),
+        (["--prompt", "a", "--file", "b"], "s2attn: --prompt and --file must not be given together; got 'a' and b"),
+        (["--prompt", "a", "--count", "0"], "s2attn: max_new_tokens must be an integer >= 1; got 0"),
+        (["--prompt", "a", "--chunk", "0"], "s2attn: chunk must be an integer >= 1; got 0"),
+        (["--resume", "nothing.pt"], "s2attn: [Errno 2] No such file or directory: 'nothing.pt'"),
+    ],
+)
+def test_what_generate_cannot_do_is_one_line(trained: Path, words: list[str], message: str) -> None:
+    assert error_of("generate", str(trained), *words).startswith(message)
+
+
+def test_generate_needs_a_checkpoint(tmp_path: Path) -> None:
+    assert error_of("generate", str(tmp_path), "--prompt", "a").startswith("s2attn: folder must hold config.json and weights.pt; got ")
