@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.core import BLOCKS, Unsupported, bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, Layout, default_block
+from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.layout import HeadRange, Layout
 from s2attn.ops.checks import check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
 from s2attn.ops.source import layout_text, pattern_text
@@ -33,6 +33,8 @@ def decode(
     layer: int = 0,
     heads: HeadRange | None = None,
     backend: str = "auto",
+    validate: bool = True,
+    batch_invariant: bool = False,
 ) -> Any:
     """Causal attention of new queries over keys and values that lie in pages; only pages that the pattern lists are read.
 
@@ -79,12 +81,10 @@ def decode(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_pages, v_pages, sinks)):
         raise Unsupported("decode has no gradient", {"autograd": ["call it under torch.no_grad(), or train with s2attn.attention"]})
     source, index = _source(pattern, q, k_pages, layer, heads)
-    flat, cu = q.unsqueeze(0), cu_seqlens_q
-    if cu is None:
-        flat, cu = q.reshape(1, -1, *q.shape[2:]), torch.arange(q.shape[0] + 1, device=seq_lens.device) * q.shape[1]
-    scales = k_scale, v_scale
-    where = block_table, seq_lens, cu, index, source
-    out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, *where, scale, softcap or 0.0, backend)
+    flat = q.unsqueeze(0) if cu_seqlens_q is not None else q.reshape(1, -1, *q.shape[2:])
+    scales, how = (k_scale, v_scale), (backend, bool(validate), bool(batch_invariant))
+    where = block_table, seq_lens, cu_seqlens_q, index, source
+    out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, *where, scale, softcap or 0.0, *how)
     if cu_seqlens_q is None:
         out, lse = out.view(*q.shape[:-1], out.shape[-1]), lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     else:
@@ -108,8 +108,7 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
         hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
         raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)
     check_heads(heads, q)
-    block = next(size for size in reversed(BLOCKS) if page_size % size == 0 and size <= max(16, default_block(pattern)))
-    return pattern_text(pattern, block, True, check_int("layer", layer, 0), heads), []
+    return pattern_text(pattern, None, True, check_int("layer", layer, 0), heads), []
 
 
 def _check_tensors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: bool) -> None:

@@ -25,10 +25,12 @@ KERNELS = {
     "sum": "join.sum_kernel",
 }
 _INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS += ("table", "lens", "cu", "counts", "key_pos", "spans")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
-_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
-_POINTERS = {"ptr": "i64", "sub_at": "i64", "tiles": "u8", **dict.fromkeys(_INTS, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
+_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv", "k_scale", "v_scale")
+_POINTERS = {"ptr": "i64", "sub_at": "i64", "ends": "i64", "tiles": "u8", **dict.fromkeys(_INTS, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
 _COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
+_COUNTS += ("batch", "room", "q_len", "per", "max_pages", "outputs", "programs")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
@@ -128,14 +130,67 @@ def compile_specialised(
     return _compiled(kernel, target, dtype, constants, {"num_warps": 4})
 
 
-def _compiled(kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
+@dataclass(frozen=True)
+class DecodeCase:
+    """A kind of decode call, as far as a compiler sees it.
+
+    Attributes:
+        dtype: "fp16", "bf16" or "fp32"; ``pages`` that of the cache where it is another one: "fp8" (native) or "u8".
+        dim, block, page_size: widths of q, k and v; of the layout; of the cache.
+        rows, group: of a tile of queries, and of them for each query.
+        mode: how queries are found, 0 to 2 (`s2attn.kernels.pieces.queries`).
+        stream: equal ranges instead of lists cut by themselves.
+        capped, sinks: as for :func:`compile_kernel`.
+    """
+
+    dtype: str
+    dim: int
+    block: int = 64
+    page_size: int = 16
+    pages: str = ""
+    rows: int = 16
+    group: int = 4
+    mode: int = 0
+    stream: bool = False
+    capped: bool = False
+    sinks: bool = False
+
+
+def compile_decode(op: str, target: str, case: DecodeCase, shared_limit: int) -> Compiled:
+    """Compile "decode", "reduce" or "count" for a call of that kind, with the tiles that a launch on the target would choose."""
+    from s2attn.kernels import decode
+
+    tiles = choose_tiles("decode", case.dim, case.dim, 4 if case.dtype == "fp32" else 2, case.block, shared_limit, case.capped)
+    constants = {"BLOCK_N": tiles.listed_tokens, "RB": case.block, "MEMBERS": case.group, "MODE": case.mode}
+    cuts = {"STREAM": case.stream, "SPLITS": 8, "LEAST": 4, "SINKS": case.sinks, "BLOCK_M": case.rows, "GROUP": case.group}
+    cuts |= {"DV": case.dim, "BLOCK_DV": next_power(case.dim)}
+    options = {"num_warps": 4, "num_stages": 3}
+    if op == "decode":
+        scaled = case.pages != ""
+        constants |= cuts | {"D": case.dim, "BLOCK_D": next_power(case.dim), "PAGE": case.page_size, "CAPPED": case.capped}
+        constants |= {"SCALED_K": scaled, "SCALED_V": scaled}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    elif op == "reduce":
+        constants |= cuts | {"ROWS": JOINED_ROWS}
+    else:
+        constants |= {"QUERIES": case.rows // case.group, "UNITS": 8}
+        options = {"num_warps": 1}
+    pages = {"fp8": "fp8e4nv"}.get(case.pages, case.pages or case.dtype)
+    kernel = getattr(decode, f"{op}_kernel")
+    return _compiled(kernel, target, case.dtype, constants, options, {"k_ptr": pages, "v_ptr": pages})
+
+
+def _compiled(
+    kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int], pointers: dict[str, str] | None = None
+) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types, constants = signature(kernel, dtype, constants)
+    types |= {name: "*" + kind for name, kind in (pointers or {}).items() if name in types}
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
-    divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_"))]
+    divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_", "num_", "table_"))]
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(types.items()) if name in divisible or kind.startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
     amd = target.startswith("gfx")

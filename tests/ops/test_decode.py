@@ -249,7 +249,7 @@ def test_the_op_is_registered_as_torch_wants_it():
     c = good_call()
     text = pattern_text(S2, 16, True, 0, None)
     q, lengths, cu = c["q"].reshape(1, 2, 4, 16), c["seq_lens"], torch.tensor([0, 1, 2])
-    arguments = (q, c["k_pages"], c["v_pages"], None, None, None, c["block_table"], lengths, cu, [], text, 0.25, 0.0, "auto")
+    arguments = (q, c["k_pages"], c["v_pages"], None, None, None, c["block_table"], lengths, cu, [], text, 0.25, 0.0, "auto", True, False)
     torch.library.opcheck(decode_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Pages, Scoring
+from s2attn.backends.base import Backend, Pages, Requests, Scoring
 from s2attn.backends.checks import exact_arithmetic, paged_objections, plain_objections
 from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.paged import PagedKeys
@@ -46,7 +46,7 @@ class Portable(Backend):
     def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
         return paged_objections(q, pages)
 
-    def forward_paged(self, q: Tensor, pages: Pages, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def forward_paged(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         plan = cached_plan(layout, 1, q.shape[2], pages.kv_heads)
         paged = PagedKeys(pages, layout.k_spans, layout.block)
         with exact_arithmetic(q.device):
