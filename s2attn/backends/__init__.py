@@ -1,6 +1,6 @@
 """Ways to compute attention over a layout: one protocol, an ordered list, and refusals with every reason."""
 
-from s2attn.backends.base import Backend, Pages, Requests, Scoring
-from s2attn.backends.registry import backend_names, get_backend, pick, pick_paged
+from s2attn.backends.base import Backend, Pages, Requests, Scoring, Writes
+from s2attn.backends.registry import backend_names, get_backend, pick, pick_paged, pick_store
 
-__all__ = ["Backend", "Pages", "Requests", "Scoring", "backend_names", "get_backend", "pick", "pick_paged"]
+__all__ = ["Backend", "Pages", "Requests", "Scoring", "Writes", "backend_names", "get_backend", "pick", "pick_paged", "pick_store"]

@@ -78,6 +78,27 @@ class Requests:
         return self.seq_lens.shape[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """New keys and values on their way into pages.
+
+    Attributes:
+        k, v: ``(tokens, G, D)`` and ``(tokens, G, Dv)``.
+        k_pages, v_pages: as of `Pages`; different pages do not share memory.
+        slots: ``(tokens,)`` integers: slot s is token ``s % page_size`` of page ``s // page_size``. Tokens whose slot is not there, be it
+            negative or beyond the last page, are left out; of several tokens with the same slot one is kept.
+        k_scale, v_scale: None, or ``(G,)`` float32: what numbers are divided by on their way into float8 pages.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    slots: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
 class Backend(ABC):
     """One way to compute exact attention over a `Layout`.
 
@@ -125,3 +146,11 @@ class Backend(ABC):
         as its token ``p % block`` does. Only pages with a key that some query sees are read.
         """
         raise Unsupported(f"the {self.name} backend cannot decode", {self.name: self.paged_objections(q, pages)})
+
+    def store_objections(self, new: Writes) -> list[str]:
+        """Every reason why this backend cannot write such tokens into pages; empty when it can."""
+        return ["it does not write to pages"]
+
+    def store(self, new: Writes) -> None:
+        """Write new keys and values in place; float8_e4m3fn pages get numbers that are cut to what float8 can hold."""
+        raise Unsupported(f"the {self.name} backend cannot write to pages", {self.name: self.store_objections(new)})

@@ -54,6 +54,11 @@ def decode(
         cu_seqlens_q: ``(B + 1,)`` cumulative numbers of queries, where q is packed. A sequence may have none.
         k_scale, v_scale: ``(G,)`` float32: what float8 pages are multiplied by; 1 by default.
         scale, softcap, sinks, return_lse, layer, heads, backend: as in `attention`.
+        validate: look at lengths and tables first, and wait for the device to do so. Without it, and always during the capture of a CUDA
+            graph, kernels clamp what makes no sense: lengths to the table, ``cu_seqlens_q`` to a rising walk inside q (a query of no
+            sequence gives 0 and -inf), and keys in pages that do not exist count as unseen. Nothing outside of the tensors is read or
+            written. The portable backend makes its lists on the host: it looks in any case, and cannot be captured.
+        batch_invariant: the bits of a sequence's result depend on that sequence alone, at some cost in speed.
 
     Returns:
         out in the shape of q with v's width, in q's dtype; with ``return_lse`` also lse ``(B, H, T)`` or ``(H, total_q)``. A query that
@@ -61,7 +66,7 @@ def decode(
 
     Raises:
         ValueError, TypeError: a bad argument, named with its rule, before anything is read: also a block table that points outside of the
-            cache where the pattern reads.
+            cache where the pattern reads, if numbers are looked at.
         Unsupported: no backend, or not the named one, can serve the call; or a gradient is wanted.
 
     >>> import torch, s2attn

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from s2attn.backends import Pages
+from s2attn.backends.checks import is_captured
 from s2attn.core import bad_value
 from s2attn.layout import Layout, read_cu_seqlens
 from s2attn.layout.positions import listed_units, query_lines
@@ -18,11 +19,6 @@ Numbers = tuple[int, ...]
 def may_look(validate: bool, *tensors: Tensor) -> bool:
     """Whether numbers of the device may be looked at: not where the caller has said so, and not while its stream is being captured."""
     return validate and not is_captured(*tensors)
-
-
-def is_captured(*tensors: Tensor) -> bool:
-    """Whether work on these tensors is being captured into a CUDA graph."""
-    return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def read_lengths(cu_seqlens_q: Tensor | None, seq_lens: Tensor, total_q: int, room: int) -> tuple[Numbers, Numbers]:

@@ -46,7 +46,8 @@ def _decode(
     if not q.numel():
         return _empty_results(q, v_pages)
     looks = may_look(validate, q) or not chosen.by_position
-    requests = Requests(seq_lens, cu_seqlens_q, looks, batch_invariant)
+    cu = None if cu_seqlens_q is None else cu_seqlens_q.to(q.device)
+    requests = Requests(seq_lens.to(q.device), cu, looks, batch_invariant)
     layout = _layout(chosen, q, pages, requests, index, source)
     if layout is None:
         out, lse = _empty_results(q, v_pages)

@@ -10,9 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Pages, Requests, Scoring
-from s2attn.backends.checks import exact_arithmetic, paged_objections, plain_objections
+from s2attn.backends.base import Backend, Pages, Requests, Scoring, Writes
+from s2attn.backends.checks import exact_arithmetic, paged_objections, plain_objections, store_objections
 from s2attn.backends.triton.decode import Rows, decode, plan_decode
+from s2attn.backends.triton.start import Starts
+from s2attn.backends.triton.store import store
 from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
 from s2attn.backends.triton.ways import Prepared, Way
@@ -42,6 +44,7 @@ class Triton(Backend):
     def __init__(self, choose: Choose | None = None) -> None:
         self._choose = choose or find_tiles
         self._prepared: WeakKeyDictionary[Layout, Prepared] = WeakKeyDictionary()
+        self._stores: Starts = {}
         self._rows: WeakKeyDictionary[Layout, Rows] = WeakKeyDictionary()
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
@@ -87,6 +90,21 @@ class Triton(Backend):
         tiles = self._choose(wanted, q.device, scoring.softcap is not None)
         with exact_arithmetic(q.device):
             return decode(plan_decode(q, pages, requests, layout, scoring, tiles, rows, processors(q.device)))
+
+    def store_objections(self, new: Writes) -> list[str]:
+        """Every reason why the kernel cannot write such tokens here."""
+        if find_spec("triton") is None:
+            return [ABSENT]
+        why = store_objections(new)
+        if new.k.dtype == torch.float64:
+            why.append("float64 is not one of float16, bfloat16, float32")
+        if not (new.k_pages.is_cuda or _interpreting()):
+            why.append(f"needs a CUDA device, or TRITON_INTERPRET=1 for tests; the pages lie on {new.k_pages.device}")
+        return why
+
+    def store(self, new: Writes) -> None:
+        if new.k.numel() or new.v.numel():
+            store(new, self._stores)
 
     def warmup(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, backward: bool) -> None:
         """Kernels that are started on tensors without memory are compiled only."""
