@@ -17,7 +17,8 @@ from s2attn.kernels.pieces.scores import LOG2E, log2_logits
 from s2attn.kernels.pieces.softmax import rescaled, sink_logit, softmax_begin, softmax_end, softmax_step
 from s2attn.kernels.pieces.work import store_slot
 
-SIZES = ["batch", "tokens", "room", "q_len", "per", "max_pages", "num_pages", "lines", "outputs", "lse_head"]
+SIZES = ["batch", "tokens", "room", "q_len", "per", "max_pages", "num_pages", "lines", "outputs", "splits", "least", "lse_head"]
+SIZES += ["table_sequence", "table_head"]
 """Numbers that change from call to call: one compilation serves them all."""
 
 
@@ -67,8 +68,8 @@ def fold(
         else:
             allowed = exists[None, :]
         page, slot, exists = find_pages(table, start + skipped, key, exists, PAGE, BLOCK_N, ONE)
-        k_tile = from_float8(load_paged(keys, page, slot, exists, BLOCK_D, D, ONE), q_tile)
-        v_tile = from_float8(load_paged(values, page, slot, exists, BLOCK_DV, DV, ONE), q_tile)
+        k_tile = from_float8(load_paged(keys, page, slot, exists, BLOCK_D, D), q_tile)
+        v_tile = from_float8(load_paged(values, page, slot, exists, BLOCK_DV, DV), q_tile)
         scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
         scores = tl.where(allowed & exists[None, :], scores, float("-inf"))
         acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
@@ -154,7 +155,8 @@ def decode_kernel(
     table_ptr, lens_ptr, cu_ptr, ends_ptr,
     ptr_ptr, full_ptr, sub_at_ptr, idx_ptr, sub_ptr, tiles_ptr, key_pos_ptr, spans_ptr,
     factor, cap_log2, batch: tl.int32, tokens: tl.int32, room: tl.int32, q_len: tl.int32, per: tl.int32, max_pages: tl.int32,
-    num_pages: tl.int64, lines: tl.int32, outputs: tl.int32, num_heads: tl.int32, num_kv_heads: tl.int32, layout_heads: tl.int32,
+    num_pages: tl.int64, lines: tl.int32, outputs: tl.int32, least: tl.int32,
+    num_heads: tl.int32, num_kv_heads: tl.int32, layout_heads: tl.int32,
     q_token: tl.int64, q_head: tl.int64, q_dim,
     k_page: tl.int64, k_token: tl.int64, k_head: tl.int64, k_dim,
     v_page: tl.int64, v_token: tl.int64, v_head: tl.int64, v_dim,
@@ -162,14 +164,14 @@ def decode_kernel(
     table_sequence: tl.int64, table_head: tl.int64, table_entry: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RB: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, MODE: tl.constexpr,
-    STREAM: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    STREAM: tl.constexpr,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, SCALED_K: tl.constexpr, SCALED_V: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(logits) v`` of whole outputs, and states of pieces of others.
 
     STREAM: grid ``(programs,)``, every program takes an equal range of all key tiles, whose running numbers over the outputs are
-    ``ends_ptr``. Otherwise grid ``(outputs, SPLITS)``: every output is cut by itself, into SPLITS pieces at most, LEAST key tiles or more
-    in each, so that its bits depend on nothing but its own sequence.
+    ``ends_ptr``. Otherwise grid ``(outputs, splits)``: every output is cut by itself, into ``splits`` pieces at most, ``least`` key tiles
+    or more in each, so that its bits depend on nothing but its own sequence.
     """
     units = num_heads // MEMBERS
     lengths = lens_ptr, cu_ptr, spans_ptr
@@ -202,14 +204,14 @@ def decode_kernel(
                 at = upto
             output += 1
     else:
-        output, piece = tl.program_id(0), tl.program_id(1)
+        output, piece, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         found = find_queries(output // units, lengths, batch, tokens, room, q_len, per, QUERIES, RB, MODE)
         layout_head = output % units * MEMBERS // (num_heads // layout_heads)
         _, _, _, _, _, total = find_row(lists, layout_head, found[3], lines, RB, BLOCK_N)
-        pieces, size = cut(total, SPLITS, LEAST)
+        pieces, size = cut(total, splits, least)
         if (found[2] > 0) & (piece < pieces):
             attend_piece(
-                found, output % units, piece * size, tl.minimum(piece * size + size, total), pieces == 1, output * SPLITS + piece,
+                found, output % units, piece * size, tl.minimum(piece * size + size, total), pieces == 1, output * splits + piece,
                 memory, strides, results, sinks_ptr, scales, table, lists, listed, masks, sizes, (factor, cap_log2),
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RB, PAGE, GROUP, MEMBERS, MODE, CAPPED, SINKS, SCALED_K, SCALED_V,
             )  # fmt: skip
@@ -235,15 +237,16 @@ def count_kernel(
 def reduce_kernel(
     slot_out_ptr, slot_lse_ptr, sinks_ptr, out_ptr, lse_ptr, lens_ptr, cu_ptr, ends_ptr, ptr_ptr, full_ptr, sub_at_ptr, spans_ptr,
     batch: tl.int32, tokens: tl.int32, room: tl.int32, q_len: tl.int32, per: tl.int32, lines: tl.int32, outputs: tl.int32,
-    programs: tl.int32, num_heads: tl.int32, layout_heads: tl.int32,
+    programs: tl.int32, splits: tl.int32, least: tl.int32, num_heads: tl.int32, layout_heads: tl.int32,
     out_token: tl.int64, out_head: tl.int64, lse_head: tl.int64,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     RB: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, MODE: tl.constexpr,
-    STREAM: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, SINKS: tl.constexpr,
+    STREAM: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """The states of the pieces of an output into the result, in the order of its keys; grid ``(outputs, BLOCK_M / ROWS)``.
 
-    ``programs``: of the stream. An output in one piece is there already; one without key tiles is written here where STREAM.
+    ``programs``, or ``splits`` and ``least``: those of the walk. An output in one piece is there already; one without key tiles is
+    written here where STREAM.
     """
     output, part, units = tl.program_id(0), tl.program_id(1) * ROWS, num_heads // MEMBERS
     unit = output % units
@@ -257,8 +260,8 @@ def reduce_kernel(
     else:
         layout_head = unit * MEMBERS // (num_heads // layout_heads)
         _, _, _, _, _, total = find_row((ptr_ptr, full_ptr, sub_at_ptr), layout_head, found[3], lines, RB, BLOCK_N)
-        pieces, _ = cut(total, SPLITS, LEAST)
-        first = output * SPLITS
+        pieces, _ = cut(total, splits, least)
+        first = output * splits
         lead = first
     if (found[2] > 0) & (pieces != 1):
         lane, d = part + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)

@@ -20,20 +20,20 @@ def store_row(from_ptr, to_ptr, from_dim, to_dim, scale_ptr, head, D: tl.constex
         tl.store(to_ptr + d * to_dim, row, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["room"])
+@triton.jit(do_not_specialize=["limit"])
 def store_kernel(
     k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, slots_ptr, k_scale_ptr, v_scale_ptr,
-    room: tl.int64,
+    limit: tl.int64,
     k_token: tl.int64, k_head: tl.int64, k_dim, v_token: tl.int64, v_head: tl.int64, v_dim,
     k_pages_page: tl.int64, k_pages_place: tl.int64, k_pages_head: tl.int64, k_pages_dim,
     v_pages_page: tl.int64, v_pages_place: tl.int64, v_pages_head: tl.int64, v_pages_dim,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,
     SCALED_K: tl.constexpr, SCALED_V: tl.constexpr,
 ):  # fmt: skip
-    """Slot s is token ``s % PAGE`` of page ``s // PAGE``; slots outside of 0 .. room - 1 are left out. Grid ``(tokens, heads)``."""
+    """Slot s is token ``s % PAGE`` of page ``s // PAGE``; slots outside of 0 .. limit - 1 are left out. Grid ``(tokens, heads)``."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    if (slot >= 0) & (slot < room):
+    if (slot >= 0) & (slot < limit):
         page, place = slot // PAGE, slot % PAGE
         store_row(
             k_ptr + token * k_token + head * k_head, k_pages_ptr + page * k_pages_page + place * k_pages_place + head * k_pages_head,

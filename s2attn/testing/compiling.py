@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from s2attn.backends.triton.decode import compiler_options
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
@@ -23,14 +24,26 @@ KERNELS = {
     "delta": "backward.delta_kernel",
     "merge": "join.merge_kernel",
     "sum": "join.sum_kernel",
+    "decode": "decode.decode_kernel",
+    "count": "decode.count_kernel",
+    "reduce": "decode.reduce_kernel",
+    "store": "store.store_kernel",
 }
 _INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("table", "lens", "cu", "counts", "key_pos", "spans")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
 _FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv", "k_scale", "v_scale")
-_POINTERS = {"ptr": "i64", "sub_at": "i64", "ends": "i64", "tiles": "u8", **dict.fromkeys(_INTS, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
+_POINTERS = {
+    "ptr": "i64",
+    "sub_at": "i64",
+    "ends": "i64",
+    "slots": "i64",
+    "tiles": "u8",
+    **dict.fromkeys(_INTS, "i32"),
+    **dict.fromkeys(_FLOATS, "fp32"),
+}
 _COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
-_COUNTS += ("batch", "room", "q_len", "per", "max_pages", "outputs", "programs")
+_COUNTS += ("batch", "room", "q_len", "per", "max_pages", "outputs", "programs", "splits", "least")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
@@ -99,8 +112,7 @@ def compile_kernel(
         tiles: tiles to try instead of those that a launch would choose.
         capped, sinks: with a soft-cap of the logits, with learned sink logits.
     """
-    room, name = KERNELS[op].split(".")
-    kernel = getattr(import_module(f"s2attn.kernels.{room}"), name)
+    kernel = _kernel(op)
     dim_v = dim if dim_v is None else dim_v
     large = {"merge": "forward", "sum": "dq"}.get(op, op)  # what is joined has the tiles of who left it
     if op != "delta":
@@ -157,27 +169,29 @@ class DecodeCase:
 
 
 def compile_decode(op: str, target: str, case: DecodeCase, shared_limit: int) -> Compiled:
-    """Compile "decode", "reduce" or "count" for a call of that kind, with the tiles that a launch on the target would choose."""
-    from s2attn.kernels import decode
-
+    """Compile "decode", "reduce", "count" or "store" for calls of that kind, with the tiles that a launch on the target would choose."""
     tiles = choose_tiles("decode", case.dim, case.dim, 4 if case.dtype == "fp32" else 2, case.block, shared_limit, case.capped)
-    constants = {"BLOCK_N": tiles.listed_tokens, "RB": case.block, "MEMBERS": case.group, "MODE": case.mode}
-    cuts = {"STREAM": case.stream, "SPLITS": 8, "LEAST": 4, "SINKS": case.sinks, "BLOCK_M": case.rows, "GROUP": case.group}
-    cuts |= {"DV": case.dim, "BLOCK_DV": next_power(case.dim)}
-    options = {"num_warps": 4, "num_stages": 3}
-    if op == "decode":
-        scaled = case.pages != ""
-        constants |= cuts | {"D": case.dim, "BLOCK_D": next_power(case.dim), "PAGE": case.page_size, "CAPPED": case.capped}
-        constants |= {"SCALED_K": scaled, "SCALED_V": scaled}
-        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    elif op == "reduce":
-        constants |= cuts | {"ROWS": JOINED_ROWS}
-    else:
-        constants |= {"QUERIES": case.rows // case.group, "UNITS": 8}
-        options = {"num_warps": 1}
     pages = {"fp8": "fp8e4nv"}.get(case.pages, case.pages or case.dtype)
-    kernel = getattr(decode, f"{op}_kernel")
-    return _compiled(kernel, target, case.dtype, constants, options, {"k_ptr": pages, "v_ptr": pages})
+    scaled = {"SCALED_K": case.pages != "", "SCALED_V": case.pages != ""}
+    of_q, of_v = {"D": case.dim, "BLOCK_D": next_power(case.dim)}, {"DV": case.dim, "BLOCK_DV": next_power(case.dim)}
+    if op == "store":
+        constants = of_q | of_v | scaled | {"PAGE": case.page_size}
+        return _compiled(_kernel(op), target, case.dtype, constants, {"num_warps": 1}, {"k_pages_ptr": pages, "v_pages_ptr": pages})
+    constants = {"BLOCK_N": tiles.listed_tokens, "RB": case.block, "MEMBERS": case.group, "MODE": case.mode}
+    if op == "count":
+        constants |= {"QUERIES": case.rows // case.group, "UNITS": 8}
+        return _compiled(_kernel(op), target, case.dtype, constants, {"num_warps": 1})
+    constants |= {"STREAM": case.stream, "SINKS": case.sinks, "BLOCK_M": case.rows, "GROUP": case.group, **of_v}
+    if op == "reduce":
+        return _compiled(_kernel(op), target, case.dtype, constants | {"ROWS": JOINED_ROWS}, {"num_warps": 4, "num_stages": 3})
+    constants |= of_q | scaled | {"PAGE": case.page_size, "CAPPED": case.capped}
+    options = compiler_options(tiles, target.startswith("sm_"))
+    return _compiled(_kernel(op), target, case.dtype, constants, options, {"k_ptr": pages, "v_ptr": pages})
+
+
+def _kernel(op: str) -> Any:
+    room, name = KERNELS[op].split(".")
+    return getattr(import_module(f"s2attn.kernels.{room}"), name)
 
 
 def _compiled(

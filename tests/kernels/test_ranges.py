@@ -39,8 +39,8 @@ def owners_kernel(ends_ptr, first_ptr, last_ptr, outputs, programs):
 
 
 @triton.jit
-def cut_kernel(pieces_ptr, size_ptr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-    pieces, size = cut(tl.program_id(0), SPLITS, LEAST)
+def cut_kernel(pieces_ptr, size_ptr, splits, least):
+    pieces, size = cut(tl.program_id(0), splits, least)
     tl.store(pieces_ptr + tl.program_id(0), pieces)
     tl.store(size_ptr + tl.program_id(0), size)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2attn.backends.base import Pages, Requests, Scoring
 from s2attn.backends.triton.launch import JOINED_ROWS, factors, workspace
-from s2attn.backends.triton.start import Call, Starts, on_device, start
+from s2attn.backends.triton.start import Call, Starts, keep_some, on_device, start
 from s2attn.backends.triton.tiles import SMALLEST, Tiles, next_power
 from s2attn.layout import Layout, dense_pairs
 from s2attn.schedule import Cut, RowLengths, choose_cut
@@ -21,6 +21,10 @@ EVEN, PACKED, LISTED = range(3)
 """How queries are found: `s2attn.kernels.pieces.queries`."""
 NATIVE_FLOAT8 = (8, 9)
 """Compute capability from which NVIDIA's devices convert float8_e4m3fn by themselves."""
+
+
+MOST_REGISTERS = 255
+"""What a thread can have. Asked for by number, it keeps NVIDIA's assembler from spilling a few bytes to fit one more program."""
 
 
 class Rows:
@@ -139,10 +143,14 @@ class Plan:
         block_n = self.tiles.listed_tokens
         return {"BLOCK_N": block_n, "RB": self.layout.block, "MEMBERS": self.heads.members, "MODE": self.grid.mode}
 
+    @property
+    def least(self) -> int:
+        """Key tiles of a piece at least."""
+        return max(self.cut.least // self.tiles.listed_tokens, 1)
+
     def cuts(self) -> dict[str, Any]:
         """Compile-time numbers of the two kernels that know of pieces."""
-        least = max(self.cut.least // self.tiles.listed_tokens, 1)
-        cuts = {"STREAM": self.cut.form == "stream", "SPLITS": self.cut.splits, "LEAST": least, "SINKS": self.scoring.sinks is not None}
+        cuts = {"STREAM": self.cut.form == "stream", "SINKS": self.scoring.sinks is not None}
         dim_v = self.pages.v.shape[-1]
         return cuts | {"DV": dim_v, "BLOCK_DV": next_power(dim_v), "BLOCK_M": self.grid.rows, "GROUP": self.heads.group}
 
@@ -181,7 +189,7 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
     with on_device(q):
         ends = _count(plan, lens, cu) if plan.cut.form == "stream" else lens
         pointers = (q, *pools, sinks, out, lse, *parts, *scales, pages.table, lens, cu, ends)
-        start(decode_kernel, pointers, rows.starts, ("decode", *plan.key), lambda: _walk_call(plan, out, lse))
+        start(decode_kernel, pointers, keep_some(rows.starts), ("decode", *plan.key), lambda: _walk_call(plan, out, lse))
         if plan.slots:
             pointers = (*parts, sinks, out, lse, lens, cu, ends)
             start(reduce_kernel, pointers, rows.starts, ("reduce", *plan.key), lambda: _reduce_call(plan, out, lse))
@@ -207,13 +215,14 @@ def _count(plan: Plan, lens: Tensor, cu: Tensor) -> Tensor:
 def _walk_call(plan: Plan, out: Tensor, lse: Tensor) -> Call:
     q, pages, scoring, tiles = plan.q, plan.pages, plan.scoring, plan.tiles
     table = pages.table.stride()
-    shared = (*pages.table.shape[2:], pages.k.shape[0], plan.layout.rows.lines, plan.outputs, q.shape[2], pages.kv_heads, plan.layout.heads)
+    counts = (*pages.table.shape[2:], pages.k.shape[0], plan.layout.rows.lines, plan.outputs, plan.least)
+    heads = (q.shape[2], pages.kv_heads, plan.layout.heads)
     strides = (*q.stride()[1:], *pages.k.stride(), *pages.v.stride(), *out.stride()[1:3], lse.stride(1))
     lines = (table[0], table[1] if pages.table.shape[1] > 1 else 0, table[2])
-    rest = (*plan.rows.tensors, *factors(scoring), *plan.sizes(), *shared, *strides, *lines)
+    rest = (*plan.rows.tensors, *factors(scoring), *plan.sizes(), *counts, *heads, *strides, *lines)
     of_q = {"D": q.shape[-1], "BLOCK_D": next_power(q.shape[-1]), "PAGE": pages.page_size, "CAPPED": scoring.softcap is not None}
     scaled = {"SCALED_K": pages.k_scale is not None, "SCALED_V": pages.v_scale is not None}
-    compiler = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiler = compiler_options(tiles, torch.version.hip is None)
     grid = (plan.cut.programs, 1, 1) if plan.cut.form == "stream" else (plan.outputs, plan.cut.splits, 1)
     return Call(grid, rest, plan.constants() | plan.cuts() | of_q | scaled | compiler)
 
@@ -221,9 +230,16 @@ def _walk_call(plan: Plan, out: Tensor, lse: Tensor) -> Call:
 def _reduce_call(plan: Plan, out: Tensor, lse: Tensor) -> Call:
     ptr, full, tile_ptr, *_, spans = plan.rows.tensors
     heads = plan.q.shape[2], plan.layout.heads
-    numbers = (*plan.sizes(), plan.layout.rows.lines, plan.outputs, plan.cut.programs, *heads, *out.stride()[1:3], lse.stride(1))
+    cuts = plan.outputs, plan.cut.programs, plan.cut.splits, plan.least
+    numbers = (*plan.sizes(), plan.layout.rows.lines, *cuts, *heads, *out.stride()[1:3], lse.stride(1))
     constants = plan.constants() | plan.cuts() | {"ROWS": JOINED_ROWS}
     return Call((plan.outputs, plan.grid.rows // JOINED_ROWS, 1), (ptr, full, tile_ptr, spans, *numbers), constants)
+
+
+def compiler_options(tiles: Tiles, nvidia: bool) -> dict[str, int]:
+    """How the walk is compiled."""
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return options | {"maxnreg": MOST_REGISTERS} if nvidia else options
 
 
 def native_float8(pages: Tensor) -> Tensor:

