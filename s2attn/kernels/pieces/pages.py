@@ -65,7 +65,7 @@ def load_paged(rows, page, place, exists, BLOCK_D: tl.constexpr, D: tl.constexpr
     """
     base_ptr, stride_page, stride_place, stride_dim = rows
     d = tl.arange(0, BLOCK_D)
-    # One address per key, and then columns: that is a third fewer registers than offsets for all of them.
+    # One address per key, and then columns: fewer registers than an offset for every number.
     first = base_ptr + page * stride_page + place.to(tl.int64) * stride_place
     pointers = first[:, None] + (d * stride_dim)[None, :]
     if D == BLOCK_D:
