@@ -46,8 +46,8 @@ def decode(
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)`` with ``cu_seqlens_q``; any strides.
         k_pages, v_pages: ``(num_pages, page_size, G, D)`` and ``(num_pages, page_size, G, Dv)``, any strides (pages that are stored heads
             first are passed as ``pages.transpose(1, 2)``); page_size is a multiple of 16. The dtype of q, or float8_e4m3fn.
-        pattern: which keys are seen: a `Pattern`; or a packed `Layout` of the same sequences, whose block divides page_size (``layer`` and
-            ``heads`` then do not apply).
+        pattern: which keys are seen: a `Pattern`; or a `Layout` whose block divides page_size (``layer`` and ``heads`` then do not apply),
+            packed, of the very sequences of the call, or square, where a query at position p reads row ``p // block``.
         block_table: ``(B, max_pages)`` int32 or int64, the page of each ``page_size`` tokens of a sequence; or ``(B, G, max_pages)``, for
             each KV head its own. Entries that the pattern does not read may be anything: -1 marks an evicted page.
         seq_lens: ``(B,)`` int32 or int64, tokens of each sequence, the new ones included, whose keys and values are in their pages.
@@ -103,8 +103,9 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
     if isinstance(pattern, Layout):
         if layer or heads is not None:
             raise bad_value("layer and heads", "must be left out when a Layout is given", (layer, heads))
-        if not pattern.packed or not pattern.causal:
-            raise bad_value("layout", "must be causal and of packed sequences, one for each line of block_table", pattern)
+        if not pattern.causal or not (pattern.packed or pattern.seqlen_q == pattern.seqlen_k):
+            rule = "must be causal, and square or of packed sequences, one for each line of block_table"
+            raise bad_value("layout", rule, pattern)
         if page_size % pattern.block:
             raise bad_value("layout", f"must have a block that divides page_size ({page_size})", pattern.block)
         check_layout_place(pattern, q)

@@ -11,7 +11,7 @@ from s2attn.backends import Pages
 from s2attn.backends.checks import is_captured
 from s2attn.core import bad_value
 from s2attn.layout import Layout, read_cu_seqlens
-from s2attn.layout.positions import listed_units, query_lines
+from s2attn.layout.positions import UNIT, Lines, listed_entries, seen_units
 
 Numbers = tuple[int, ...]
 
@@ -58,13 +58,14 @@ def check_sequences(layout: Layout, cu_q: Numbers, tokens: Numbers) -> None:
             raise bad_value("layout", f"must have sequences of {expected} {name}, by seq_lens and cu_seqlens_q or q", found.tolist())
 
 
-def check_listed(layout: Layout, pages: Pages, cu_q: Numbers, tokens: Numbers) -> None:
-    """Refuse a block table that points outside of the cache, or to an evicted page, where a query sees a key.
+def check_listed(layout: Layout, pages: Pages, owner: Tensor | None = None, lines: Lines | None = None) -> None:
+    """Refuse a block table that points outside of the cache, or to an evicted page, where the layout lists a block.
 
-    With a packed layout every listed block counts: it was made for these very queries.
+    Args:
+        owner: the sequence of each line of the table, for messages; line i is that of sequence i by default.
+        lines: what queries read of a square layout; every listed block of a packed one counts.
     """
     seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    lines = None if layout.packed else query_lines(cu_q, tokens, layout.block, layout.device)
     corners = torch.stack([layout.rows.ptr[:, 0], layout.rows.ptr[:, -1]], dim=1).tolist()
     for head, (low, high) in enumerate(corners):
         if (low, high) not in seen:
@@ -72,15 +73,17 @@ def check_listed(layout: Layout, pages: Pages, cu_q: Numbers, tokens: Numbers) -
                 block = torch.unique(layout.rows.idx[low:high]).long()
                 seen[low, high] = layout.k_spans.seq[block].long(), layout.k_spans.pos[block].long() // pages.page_size
             else:
-                units = listed_units(layout, head, lines)
-                pos = units.pos[units.seen] // pages.page_size
-                seen[low, high] = lines.seq[units.line[units.seen]], pos
+                listed = listed_entries(layout, head, lines)
+                some, unit = seen_units(layout, lines, listed).nonzero(as_tuple=True)
+                pos = listed.block[some] * layout.block + unit * UNIT
+                seen[low, high] = lines.seq[listed.line[some]], pos // pages.page_size
         sequence, number = seen[low, high]
         kv_head = head * pages.kv_heads // layout.heads
         page = pages.table[sequence, kv_head if pages.table.shape[1] > 1 else 0, number]
         wrong = (page < 0) | (page >= pages.k.shape[0])
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
-            where = f"sequence {int(sequence[first])}, KV head {kv_head}, entry {int(number[first])}"
+            line = int(sequence[first])
+            where = f"sequence {line if owner is None else int(owner[line])}, KV head {kv_head}, entry {int(number[first])}"
             rule = f"must name one of the {pages.k.shape[0]} pages wherever the pattern reads (-1 is an evicted page)"
             raise bad_value("block_table", rule, f"{int(page[first])} for {where}")

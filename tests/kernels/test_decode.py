@@ -219,3 +219,37 @@ def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(monkeypatch):
         mine = Paged(paged.k_pages, paged.v_pages, paged.block_table[number : number + 1], paged.seq_lens[number : number + 1])
         alone = Case(Dense(), [], q=[case.q[number]]).run(mine, batch_invariant=True)
         assert torch.equal(alone[0], out[2 * number : 2 * number + 2]) and torch.equal(alone[1], lse[:, 2 * number : 2 * number + 2])
+
+
+@pytest.mark.parametrize("form", ["direct", "split", "stream"])
+def test_nobody_looks_at_numbers(form, cut_as, monkeypatch):
+    """What a capture demands, once the lists are built: no number comes to the host, and no shape follows from one."""
+    cut_as(form)
+    case = Case(S2, [(1, 90), (1, 60)])
+    paged = case.paged()
+    slots = torch.tensor([3, -1])
+    expected = case.run(paged)
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero", "cpu", "unique"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *given, name=name, **more: pytest.fail(f"{name} looks at numbers"))
+    got = case.run(paged, validate=False)
+    s2attn.store_kv(case.k[0][:2], case.v[0][:2], paged.k_pages, paged.v_pages, slots, validate=False, backend="triton")
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_captured_stream_is_served_by_who_does_not_look(monkeypatch):
+    from s2attn.backends.portable import backend as portable
+    from s2attn.ops import looks
+
+    case = Case(S2, [(1, 90), (1, 60)])
+    paged = case.paged()
+    expected = case.run(paged)
+    for room in (portable, looks):
+        monkeypatch.setattr(room, "is_captured", lambda *tensors: True)
+    got = case.run(paged, backend="auto")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(s2attn.Unsupported, match="portable: it looks at numbers on the host"):
+        case.run(paged, backend="portable")
+    pools = torch.zeros(2, 1, 16, 2, 16)
+    s2attn.store_kv(case.k[0][:3], case.v[0][:3], *pools, torch.tensor([99, 5, 5]))
+    assert pools[0, 0, 5].any() and int(pools.any(-1).any(-1).sum()) == 2
