@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Pages
+from s2attn.backends.base import Backend, Pages, Writes
 from s2attn.core import Unsupported, bad_kind, bad_value
 
 
@@ -84,6 +84,11 @@ def pick_paged(name: str, q: Tensor, pages: Pages) -> Backend:
 def pick_mass(name: str, q: Tensor, k: Tensor) -> Backend:
     """The same choice for estimates of the mass of blocks."""
     return _pick(name, "estimates of block mass", lambda backend: backend.mass_objections(q, k))
+
+
+def pick_store(name: str, new: Writes) -> Backend:
+    """The same choice for new keys and values that shall be written into pages."""
+    return _pick(name, "store_kv", lambda backend: backend.store_objections(new))
 
 
 def _pick(name: str, what: str, objections: Callable[[Backend], list[str]]) -> Backend:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from s2attn import Global, Layout, Local, Sink, Window, build_layout
-from s2attn.backends import Scoring
+from s2attn.backends import Pages, Requests, Scoring, Writes
 from s2attn.backends.triton import Triton, start
+from s2attn.backends.triton.backend import find_tiles
 from s2attn.testing.recording import Launch, RecordingDriver, recording
 
 PATTERN = Global(64) | Window(100)  # not causal, so that both a row block and a column block have long lists
@@ -115,6 +117,22 @@ def arguments(driver: RecordingDriver) -> Any:
     return found
 
 
+def paged(driver: RecordingDriver) -> Any:
+    """Kernels of paged calls of many batches and caches with their compiled forms, for each way of cutting."""
+    layout, found = build_layout(Local(2), 4, 2, 4096), {}
+    for form in ("direct", "split", "stream"):
+        backend, names = Triton(lambda *given, form=form: replace(find_tiles(*given), form=form)), []
+        for batch, pages in ((2, 40), (5, 17), (16, 64), (2, 40)):
+            k, v = torch.zeros(2, pages, 16, 2, 64, dtype=torch.float16)
+            where = Pages(k, v, torch.zeros(batch, 1, pages, dtype=torch.int32))
+            requests = Requests(torch.full((batch,), 99, dtype=torch.int32), None)
+            backend.forward_paged(torch.zeros(1, batch, 4, 64, dtype=torch.float16), where, requests, layout, SCORING)
+            backend.store(Writes(*(torch.zeros(batch, 2, 64, dtype=torch.float16),) * 2, k, v, torch.arange(batch)))
+            names.append([(one.kernel, one.compiled) for one in taken(driver)])
+        found[form] = names
+    return found
+
+
 def shown(launches: list[Launch]) -> list[Any]:
     return [[one.kernel, one.compiled, list(one.grid), [repr(part) for part in one.arguments]] for one in launches]
 
@@ -183,4 +201,4 @@ def host_time(driver: RecordingDriver) -> Any:
 
 if __name__ == "__main__":
     with recording() as shared:
-        print(json.dumps({f.__name__: f for f in (lengths, arguments, unaligned, strides, hooks, host_time)}[sys.argv[1]](shared)))
+        print(json.dumps({f.__name__: f for f in (lengths, arguments, unaligned, paged, strides, hooks, host_time)}[sys.argv[1]](shared)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from s2attn.backends.triton.tiles import SMALLEST, Tiles
 from s2attn.core import bad_value
+from s2attn.schedule import FORMS
 
 SCHEMA = 1
 PACKAGED = Path(__file__).parent / "tuned"
@@ -27,7 +28,7 @@ class Situation:
     """What a tuned row is for.
 
     Attributes:
-        op: "forward", "dq" or "dkv".
+        op: "forward", "dq", "dkv" or "decode".
         dtype: "float16", "bfloat16" or "float32".
         head_dim, v_dim: widths.
         block: tokens per block of the layout.
@@ -93,6 +94,8 @@ def _row(row: dict[str, Any]) -> tuple[Situation, Tiles]:
     powers = (tiles.line_tokens, tiles.listed_tokens, tiles.num_warps)
     if any(not isinstance(n, int) or n < 1 or n & (n - 1) for n in powers) or min(powers[:2]) < SMALLEST:
         raise bad_value("tiles", f"must have powers of two, at least {SMALLEST} tokens", row["tiles"])
+    if tiles.form and tiles.form not in FORMS:
+        raise bad_value("tiles", f"must have no form but {', '.join(FORMS)}", row["tiles"])
     if tiles.num_stages < 1 or tiles.key_range < 0:
         raise bad_value("tiles", "must have at least one stage, and no negative key range", row["tiles"])
     return situation, tiles

@@ -17,7 +17,8 @@ class Tiles:
 
     ``key_range`` cuts the lists of forward and dq where they cross a multiple of so many keys, and takes range by range, so that K and V
     of one range stay in the second-level cache; 0 does not. ``specialised`` takes the warp-specialised kernel, whose tiles are its own
-    (`s2attn.backends.triton.specialised.choose_form`), wherever it can serve; where it cannot, these.
+    (`s2attn.backends.triton.specialised.choose_form`), wherever it can serve; where it cannot, these. ``form`` is how "decode" cuts its
+    lists (one of `s2attn.schedule.FORMS`); empty leaves it to `s2attn.schedule.choose_cut`.
     """
 
     line_tokens: int
@@ -26,6 +27,7 @@ class Tiles:
     num_stages: int
     key_range: int = 0
     specialised: bool = False
+    form: str = ""
 
     def factor(self, block: int) -> int:
         """Blocks of the lines' axis that share a tile."""
@@ -48,9 +50,10 @@ def next_power(width: int) -> int:
 def shared_bytes(op: str, tiles: Tiles, dim: int, dim_v: int, itemsize: int) -> int:
     """Shared memory that a kernel asks for, from above: operands of the lines, and stages of listed ones."""
     wide = next_power(dim) + next_power(dim_v)
-    lines = tiles.line_tokens * (next_power(dim) if op == "forward" else wide) * itemsize
+    onward = op in ("forward", "decode")
+    lines = tiles.line_tokens * (next_power(dim) if onward else wide) * itemsize
     listed = tiles.listed_tokens * wide * itemsize
-    scratch = tiles.line_tokens * tiles.listed_tokens * itemsize * (1 if op == "forward" else 2)
+    scratch = tiles.line_tokens * tiles.listed_tokens * itemsize * (1 if onward else 2)
     return lines + tiles.num_stages * listed + scratch
 
 
@@ -59,12 +62,12 @@ WIDE_MEMORY = 200_000
 
 
 def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, shared_limit: int, capped: bool = False) -> Tiles:
-    """The tiles for ``op`` ("forward", "dq" or "dkv"): preferred ones that do not spill registers, made smaller until they fit.
+    """The tiles for ``op`` ("forward", "dq", "dkv" or "decode"): preferred ones that do not spill registers, made smaller until they fit.
 
     ``capped``: with a soft-cap, whose arithmetic needs registers too.
 
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
-    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, specialised=False)
+    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, specialised=False, form='')
     """
     wanted = _preferred(op, (next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
     line_tokens, listed_tokens = wanted.line_tokens, wanted.listed_tokens
@@ -84,6 +87,11 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
 def _preferred(op: str, widths: tuple[int, int], itemsize: int, block: int, shared_limit: int, capped: bool) -> Tiles:
     """What compiles without spills at widths 64 and 128 (`tests/compile`)."""
     large, wide = shared_limit >= WIDE_MEMORY, max(widths)
+    if op == "decode":
+        # Rows of a tile at most. Every listed key lies somewhere else, so addresses need registers, and latency wants many programs.
+        if itemsize > 2:
+            return Tiles(16, 16, 4, 3)
+        return Tiles(32, 32, 4, 4 if large else 3) if wide <= 128 else Tiles(16, 32, 8, 3)
     if op == "dkv" and wide > 128 and itemsize == 2 and block >= 32 and shared_limit > SHARED_MEMORY["sm_75"]:
         return Tiles(32, 32, 8, 3)  # 16 lines and 4 warps, as for the others, spill
     if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
