@@ -70,10 +70,10 @@ def generate(
 ) -> None:
     """Let a trained model write, live, through a cache that gives back the keys which no later byte can read."""
     with clear_errors():
-        from s2attn.cli.generate import Source, show_generation
+        from s2attn.cli.generate import Source, show_generation, stop_bytes
         from s2attn.nn.sampling import Sampling
 
-        sampling = Sampling(count, list(stop.encode()), temperature, top_k, top_p, seed)
+        sampling = Sampling(count, stop_bytes(stop), temperature, top_k, top_p, seed)
         show_generation(checkpoint, Source(prompt, file, resume), sampling, chunk=chunk, save=save, room=room)
 
 

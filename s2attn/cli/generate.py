@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from s2attn.cache import SparseCache
+from s2attn.cache import CacheFull, SparseCache
 from s2attn.core import bad_value
 from s2attn.lab.train import load_model
 from s2attn.nn.generation import NewToken, stream
@@ -33,6 +33,13 @@ class Source:
         return list(self.prompt.encode() if self.file is None else self.file.read_bytes())
 
 
+def stop_bytes(letters: str) -> list[int]:
+    """The bytes that end a text."""
+    if not letters.isascii():
+        raise bad_value("--stop", "must hold characters of one byte each", repr(letters))
+    return list(letters.encode())
+
+
 def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: int, save: Path | None, room: int) -> None:
     """Write the text to standard output as it comes, and what it cost to standard error."""
     given = source.prompt_bytes()
@@ -50,7 +57,10 @@ def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: 
     else:
         raise bad_value("--prompt", "must hold something, or --file or --resume be given", "nothing")
     began = time.perf_counter()
-    new = _write(stream(model, [text], sampling, chunk=chunk, cache=cache, sequences=[sequence]))
+    try:
+        new = _write(stream(model, [text], sampling, chunk=chunk, cache=cache, sequences=[sequence]))
+    except CacheFull as error:  # a cache from a file has the pages that it was made with
+        raise bad_value("--chunk", "must not be larger than when the cache was made", f"{chunk}: {error}") from error
     seconds = time.perf_counter() - began
     note = f"{len(new)} bytes in {seconds:.1f} s; the cache never held more than {cache.bytes_most / 1e3:.0f} kB"
     print(f"{note}, where a dense one ends with {cache.bytes_dense / 1e3:.0f} kB", file=sys.stderr)

@@ -47,8 +47,8 @@ class Sampling:
             raise bad_value("temperature", "must be a number, 0 or more", self.temperature)
         if self.top_k is not None:
             check_int("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise bad_value("top_p", "must be above 0 and at most 1", self.top_p)
+        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise bad_value("top_p", "must be a number above 0 and at most 1", self.top_p)
 
 
 def per_text(sampling: Sampling | Sequence[Sampling], texts: int) -> list[Sampling]:

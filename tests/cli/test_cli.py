@@ -264,11 +264,26 @@ def test_generate_takes_more_text_behind_a_cache_and_stops_where_it_shall(traine
         (["--prompt", "a", "--file", "b"], "s2attn: --prompt and --file must not be given together; got 'a' and b"),
         (["--prompt", "a", "--count", "0"], "s2attn: max_new_tokens must be an integer >= 1; got 0"),
         (["--prompt", "a", "--chunk", "0"], "s2attn: chunk must be an integer >= 1; got 0"),
+        (["--prompt", "a", "--stop", "\u00e4"], "s2attn: --stop must hold characters of one byte each; got '\u00e4'"),
         (["--resume", "nothing.pt"], "s2attn: [Errno 2] No such file or directory: 'nothing.pt'"),
     ],
 )
 def test_what_generate_cannot_do_is_one_line(trained: Path, words: list[str], message: str) -> None:
     assert error_of("generate", str(trained), *words).startswith(message)
+
+
+def test_generate_says_when_pieces_are_too_large_for_a_saved_cache(trained: Path, tmp_path: Path) -> None:
+    from s2attn import Local, Recipe
+    from s2attn.lab.model import LanguageModel, ModelConfig
+    from s2attn.lab.train import save_model
+
+    config = ModelConfig(layers=1, width=32, heads=2, kv_heads=1, hidden=32, recipe=Recipe(Local(2, block=16)))
+    save_model(LanguageModel(config), tmp_path / "local")
+    words, cache = ["generate", str(tmp_path / "local"), "--count", "2"], str(tmp_path / "cache.pt")
+    assert run(*words, "--prompt", "a", "--save", cache, "--room", "400", "--chunk", "16").exit_code == 0
+    said = error_of(*words, "--prompt", 200 * "b", "--resume", cache)
+    assert said.startswith("s2attn: --chunk must not be larger than when the cache was made; got 512: the cache is full")
+    assert run(*words, "--prompt", 200 * "b", "--resume", cache, "--chunk", "16").exit_code == 0
 
 
 def test_generate_needs_a_checkpoint(tmp_path: Path) -> None:
