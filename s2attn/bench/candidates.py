@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from s2attn.backends.triton.hopper import OPS as HOPPER_OPS
 from s2attn.backends.triton.specialised import WIDTHS
 from s2attn.backends.triton.table import Situation, density_class
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
@@ -106,7 +107,7 @@ def fallback(situation: Situation, shared_limit: int) -> Tiles:
 def candidates(situation: Situation, shared_limit: int, *, tiny: bool = False) -> list[Tiles]:
     """Tiles worth measuring, the fallback first: those that fit into shared memory, and that so many warps can share.
 
-    The specialised kernel is the last of them; what is not Hopper refuses it.
+    The kernels in other forms are the last of them; what is not Hopper refuses them.
     """
     itemsize = 4 if situation.dtype == "float32" else 2
     first = fallback(situation, shared_limit)
@@ -121,5 +122,7 @@ def candidates(situation: Situation, shared_limit: int, *, tiny: bool = False) -
                 made += [Tiles(line_tokens, listed_tokens, warps, count) for count in stages]
     fitting = [t for t in made if shared_bytes(situation.op, t, situation.head_dim, situation.v_dim, itemsize) <= shared_limit]
     if situation.block >= 64 and situation.head_dim in WIDTHS and situation.v_dim in WIDTHS and shared_limit >= HOPPER_MEMORY:
-        fitting.append(replace(first, specialised=True))
+        fitting.append(replace(first, form="specialised"))
+        if situation.op in HOPPER_OPS and situation.dtype != "float32":
+            fitting.append(replace(first, form="hopper"))
     return list(dict.fromkeys(fitting))

@@ -17,10 +17,9 @@ from torch import Tensor
 from s2attn.backends import Scoring
 from s2attn.backends.triton import launch
 from s2attn.backends.triton.backend import gpu_facts, triton_version
-from s2attn.backends.triton.specialised import form_objections
 from s2attn.backends.triton.table import PACKAGED, Situation, file_name, write_table
 from s2attn.backends.triton.tiles import Tiles
-from s2attn.backends.triton.ways import Prepared, Way
+from s2attn.backends.triton.ways import Prepared, Way, objections
 from s2attn.bench.candidates import RANGES, Target, candidates, check_density, fallback, small_target, targets
 from s2attn.bench.clock import Meter, Timing, time_in_turn
 from s2attn.bench.host import host_facts
@@ -84,13 +83,13 @@ class Bench:
         """A kernel with these tiles.
 
         Raises:
-            ValueError: the specialised one is wanted and cannot serve.
+            ValueError: one in another form is wanted and cannot serve.
         """
         way = Way.of(op, tiles, self.q, self.k, self.v, self.layout, self.scoring, self.prepared)
         self.ways.append(way)
-        if tiles.specialised and way.special is None:
-            raise bad_value("specialised", "must be able to serve", "; ".join(
-                form_objections(op, self.q, self.k, self.v, self.layout, self.scoring)
+        if tiles.form != "plain" and way.special is None:
+            raise bad_value(tiles.form, "must be able to serve", "; ".join(
+                objections(op, tiles.form, self.q, self.k, self.v, self.layout, self.scoring)
             ) or f"device {self.layout.device}")  # fmt: skip
         return way
 
@@ -127,7 +126,7 @@ def tune_target(target: Target, device: torch.device, shared_limit: int, meter: 
     quick = _in_turn(calls, meter, rounds=2 if tiny else 4)
     best = sorted(calls, key=lambda tiles: quick[tiles].median_s)[:FINALISTS]
     if target.situation.density == "sparse" and target.situation.op != "dkv" and not tiny:
-        ranged = [replace(best[0], key_range=tokens, specialised=False) for tokens in RANGES if tokens < target.seqlen]
+        ranged = [replace(best[0], key_range=tokens, form="plain") for tokens in RANGES if tokens < target.seqlen]
         for tiles in ranged:
             calls[tiles] = bench.call(tiles)
             check_results(expected, calls[tiles]())
@@ -242,8 +241,8 @@ def _words(tiles: Tiles) -> str:
     >>> _words(Tiles(64, 32, 4, 3))
     '64x32, 4 warps, 3 stages'
     """
-    if tiles.specialised:
-        return "specialised"
+    if tiles.form != "plain":
+        return tiles.form
     ranged = f", ranges of {tiles.key_range}" if tiles.key_range else ""
     return f"{tiles.line_tokens}x{tiles.listed_tokens}, {tiles.num_warps} warps, {tiles.num_stages} stages{ranged}"
 

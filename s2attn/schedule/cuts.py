@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORMS = ("direct", "split", "stream")
+CUTS = ("direct", "split", "stream")
 LEAST_TOKENS = 256
 """A piece with fewer listed tokens costs more to join than it gains."""
 FIXED_SPLITS, FIXED_TOKENS = 16, 512
@@ -42,7 +42,7 @@ def choose_cut(outputs: int, rows: RowLengths, processors: int, *, invariant: bo
 
     Args:
         invariant: the pieces of an output depend on its own list alone, so that its bits do not depend on the batch.
-        form: one of `FORMS` instead of the rule's choice; an ``invariant`` call is not asked.
+        form: one of `CUTS` instead of the rule's choice; an ``invariant`` call is not asked.
 
     >>> choose_cut(4096, RowLengths(8192, 4000.0), 132).form
     'direct'

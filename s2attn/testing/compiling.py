@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s2attn.backends.triton.decode import compiler_options
+from s2attn.backends.triton.hopper import choose_hopper_form
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, next_power
@@ -32,13 +33,15 @@ KERNELS = {
     "reduce": "decode.reduce_kernel",
     "store": "store.store_kernel",
 }
-_INTS = ("pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS = ("keys", "codes", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("table", "lens", "cu", "counts", "key_pos", "spans")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
 _FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv", "k_scale", "v_scale")
 _FLOATS += ("sums", "mass")
 _POINTERS = {
     "ptr": "i64",
+    "work": "i64",
+    "bits": "i64",
     "sub_at": "i64",
     "ends": "i64",
     "slots": "i64",
@@ -49,6 +52,7 @@ _POINTERS = {
 _COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
 _COUNTS += ("batch", "room", "q_len", "per", "max_pages", "outputs", "programs", "splits", "least")
 _COUNTS += ("first_row", "end_row", "reach", "seqlen_q", "seqlen_k", "group", "pieces", "key_blocks")
+_COUNTS += ("key_tokens", "items", "batches")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
@@ -147,6 +151,25 @@ def compile_specialised(
     return _compiled(kernel, target, dtype, constants, {"num_warps": 4})
 
 
+def compile_hopper(
+    op: str, dtype: str, dim: int, block: int, shared_heads: int, dim_v: int | None = None, *, capped: bool = False, sinks: bool = False,
+    packed: bool = False,
+) -> Compiled:  # fmt: skip
+    """Compile a Gluon kernel for sm_90 in the form that a launch would choose.
+
+    Args:
+        op: "forward".
+        dtype, block, shared_heads, capped, sinks: as for :func:`compile_specialised`.
+        dim, dim_v: head widths, 64 or 128.
+        packed: for several sequences in one tensor.
+    """
+    kernel = getattr(import_module(f"s2attn.kernels.hopper.{op}"), f"hopper_{op}_kernel")
+    dim_v = dim if dim_v is None else dim_v
+    form = choose_hopper_form(dim, dim_v, block, shared_heads)
+    constants = {"D": dim, "DV": dim_v, **form.constants(block), "CAPPED": capped, "SINKS": sinks, "PACKED": packed}
+    return _compiled(kernel, "sm_90", dtype, constants, {"num_warps": 4})
+
+
 def compile_score(kernel: str, target: str, dtype: str, dim: int, stride: int, block: int, *, capped: bool = False) -> Compiled:
     """Compile one of the kernels that estimate the mass of blocks ("pieces", "rows" or "mass") as a launch on ``target`` would."""
     from s2attn.backends.triton.score import ROWS, WIDTH, choose_score_tiles, piece_groups
@@ -221,13 +244,14 @@ def _compiled(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     types, constants = signature(kernel, dtype, constants)
     types |= {name: "*" + kind for name, kind in (pointers or {}).items() if name in types}
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
     divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_", "num_", "table_"))]
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(types.items()) if name in divisible or kind.startswith("*")}
-    source = ASTSource(kernel, types, constants, aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, aligned)
     amd = target.startswith("gfx")
     device = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     made = triton.compile(source, target=device, options=options)
@@ -261,6 +285,32 @@ def _written_down(amdgcn: str) -> tuple[int, int]:
     return registers, private
 
 
+def exponentials_beside_products(ptx: str) -> int:
+    """Exponentials that stand in the machine code for Hopper after the begin of a product that is not yet waited for."""
+    beside, under_way = 0, False
+    for line in _machine_code(ptx):
+        if "HGMMA" in line or "WARPGROUP.DEPBAR" in line:
+            under_way = "HGMMA" in line
+        beside += under_way and "MUFU.EX2" in line
+    return beside
+
+
+def _machine_code(ptx: str) -> list[str]:
+    """The instructions that the assembler makes, one in a line."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        _tool(knobs.nvidia.ptxas, "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin")))
+        return _tool(knobs.nvidia.cuobjdump, "-sass", str(path.with_suffix(".cubin"))).stdout.splitlines()
+
+
+def _tool(tool: Any, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the programs that Triton brings."""
+    return subprocess.run([shutil.which(tool.path) or tool.path, *words], capture_output=True, text=True, check=True)
+
+
 def _assembled(ptx: str, arch: int) -> tuple[int, int]:
     """Registers per thread and bytes of spills, from the assembler that Triton brings."""
     from triton import knobs
@@ -271,8 +321,7 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [shutil.which(tool.path) or tool.path, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = _tool(tool, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     spills = sum(int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said))
     return registers, spills

@@ -53,6 +53,7 @@ def test_a_table_is_found_again(tmp_path, monkeypatch):
         (lambda data: data.update(schema=9), "schema must be 1; got 9"),
         (lambda data: data["rows"][0]["tiles"].update(line_tokens=48), "powers of two"),
         (lambda data: data["rows"][0]["tiles"].update(num_stages=0), "at least one stage"),
+        (lambda data: data["rows"][0]["tiles"].update(form="quick"), "form must be one of plain, specialised, hopper"),
         (lambda data: data["rows"][0].pop("op"), "KeyError"),
     ],
 )

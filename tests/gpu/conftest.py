@@ -92,7 +92,21 @@ def special(device: torch.device) -> Triton:
     """The backend with warp-specialised kernels wherever they can serve."""
     if ON_GPU and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("warps are specialised on Hopper alone")
-    return Triton(lambda *given: replace(find_tiles(*given), specialised=True))
+    return Triton(lambda *given: replace(find_tiles(*given), form="specialised"))
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> Iterator[Triton]:
+    """The backend with Hopper's Gluon kernels wherever there is one that can serve; no interpreter has them, but our own runner."""
+    if not ON_GPU:
+        from s2attn.testing.gluon.launches import hopper_on_cpu
+
+        with hopper_on_cpu() as backend:
+            yield backend
+        return
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("kernels for Hopper alone")
+    yield Triton(lambda *given: replace(find_tiles(*given), form="hopper"))
 
 
 @pytest.fixture(params=["bf16", "fp16", "fp32"])

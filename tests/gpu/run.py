@@ -18,8 +18,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 SHARED = ("test_problems.py", "test_calls.py", "test_pieces.py", "test_generate.py")
-# The specialised kernels come last: warps that wait for each other wrongly would wait until the time is over.
-STAGES = (("test_first.py",), ("test_launches.py",), SHARED, ("test_long.py",), ("test_specialised.py",))
+# The specialised kernels and those for Hopper come last: warps that wait for each other wrongly would wait until the time is over.
+STAGES = (("test_first.py",), ("test_launches.py",), SHARED, ("test_long.py",), ("test_specialised.py",), ("test_hopper.py",))
 WORKERS = 8
 # The project's own settings ask for plugins that may be missing, and its own conftest for hypothesis.
 PLAIN = ["-c", os.devnull, "--rootdir", str(ROOT), "--confcutdir", str(ROOT / "tests"), "--import-mode", "importlib"]

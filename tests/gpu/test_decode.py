@@ -35,7 +35,7 @@ class Cache:
 @pytest.fixture
 def cut_as(monkeypatch):
     """Sets the way in which lists are cut; empty leaves it to the rule."""
-    return lambda form: monkeypatch.setattr(get_backend("triton"), "_choose", lambda *given: replace(find_tiles(*given), form=form))
+    return lambda form: monkeypatch.setattr(get_backend("triton"), "_choose", lambda *given: replace(find_tiles(*given), cut=form))
 
 
 def near(got, expected):

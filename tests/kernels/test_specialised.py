@@ -34,7 +34,7 @@ def special(triton_backend):
     from s2attn.backends.triton import Triton
     from s2attn.backends.triton.backend import find_tiles
 
-    return Triton(lambda *given: replace(find_tiles(*given), specialised=True))
+    return Triton(lambda *given: replace(find_tiles(*given), form="specialised"))
 
 
 def problem(name: str, **more) -> Problem:

@@ -21,6 +21,7 @@ from s2attn import Global, Layout, Local, Sink, Window, build_layout
 from s2attn.backends import Pages, Requests, Scoring, Writes
 from s2attn.backends.triton import Triton, start
 from s2attn.backends.triton.backend import find_tiles
+from s2attn.backends.triton.tiles import Tiles
 from s2attn.testing.recording import Launch, RecordingDriver, recording
 
 PATTERN = Global(64) | Window(100)  # not causal, so that both a row block and a column block have long lists
@@ -137,6 +138,35 @@ def shown(launches: list[Launch]) -> list[Any]:
     return [[one.kernel, one.compiled, list(one.grid), [repr(part) for part in one.arguments]] for one in launches]
 
 
+def hopper(driver: RecordingDriver) -> Any:
+    """The Hopper forward over several lengths, then as in `arguments`; compiled forms, grids, and what the four launches pass."""
+    from s2attn.backends.triton import hopper, ways
+    from s2attn.kernels.hopper.forward import hopper_forward_kernel
+
+    ways.can_take, hopper.programs_of = lambda *given: True, lambda index: 132
+    backend, grids = Triton(lambda *given: Tiles(64, 64, 4, 3, form="hopper")), []
+    for batch, tokens in ((1, 2048), (2, 333), (3, 64), (1, 12000)):
+        call(backend, tensors(batch, tokens), build_layout(Local(2), 4, 2, tokens))
+        grids.append(driver.launches[-1].grid)
+    forms = sum(len(cache[0]) for cache in hopper_forward_kernel.device_caches.values())
+    taken(driver)
+    backend, x, layout, passed = (
+        Triton(lambda *given: Tiles(64, 64, 4, 3, form="hopper")),
+        tensors(2, 200),
+        build_layout(Local(2), 4, 2, 200),
+        [],
+    )
+    with same_memory() as again:
+        for plain in (True, False, False, False):
+            again()
+            alone = start._plain
+            start._plain = (lambda kernel: True) if plain else alone
+            call(backend, x, layout)
+            start._plain = alone
+            passed.append(shown(taken(driver)))
+    return {"forms": forms, "grids": grids, "kernels": [one[0] for one in passed[0]], "same": all(one == passed[0] for one in passed)}
+
+
 def unaligned(driver: RecordingDriver) -> Any:
     """Calls whose q begins 0, 1 and 0 elements after an aligned address: compiled forms, addresses, and what is kept of them."""
     x, layout, backend = tensors(1, 200), build_layout(Local(2), 4, 2, 200), Triton()
@@ -201,4 +231,8 @@ def host_time(driver: RecordingDriver) -> Any:
 
 if __name__ == "__main__":
     with recording() as shared:
-        print(json.dumps({f.__name__: f for f in (lengths, arguments, unaligned, paged, strides, hooks, host_time)}[sys.argv[1]](shared)))
+        print(
+            json.dumps(
+                {f.__name__: f for f in (lengths, arguments, hopper, unaligned, paged, strides, hooks, host_time)}[sys.argv[1]](shared)
+            )
+        )

@@ -166,7 +166,7 @@ def plan_decode(
     """What such a call starts, from shapes and the layout alone."""
     heads = share_heads(q.shape[2], pages.kv_heads, layout.heads, tiles.line_tokens)
     grid = plan_queries(q.shape[1], requests, layout, heads.group, tiles.line_tokens)
-    cut = choose_cut(grid.tiles * heads.units, rows.lengths, processors, invariant=requests.batch_invariant, form=tiles.form)
+    cut = choose_cut(grid.tiles * heads.units, rows.lengths, processors, invariant=requests.batch_invariant, form=tiles.cut)
     return Plan(q, pages, requests, layout, scoring, tiles, heads, grid, cut, rows)
 
 

@@ -130,11 +130,15 @@ def tall_masks(walk: Walk, lines: Spans, listed: Spans, tiles: Tensor, form: For
     combinations, codes = torch.unique(torch.cat([whole, places]), dim=0, return_inverse=True)
     tall = single[combinations].view(len(combinations), -1, 1, form.rows, block)
     table = tall.expand(-1, -1, form.stack, -1, -1).reshape(-1, block).to(torch.uint8)
-    line_seq = lines.seq[groups.first.long()]
+    return TallMasks(codes[1:].int(), table, ends_of(walk, lines, listed))
+
+
+def ends_of(walk: Walk, lines: Spans, listed: Spans) -> Tensor:
+    """The first token after the listed axis of each line's sequence."""
+    line_seq = lines.seq[walk.groups.first.long()]
     last = torch.searchsorted(listed.seq, line_seq, right=True)
     # The 1 in front serves lines before any listed block, which list nothing: a descriptor of no rows does not exist.
-    ends = torch.cat([line_seq.new_ones(1), listed.start + listed.length])
-    return TallMasks(codes[1:].int(), table, ends[last])
+    return torch.cat([line_seq.new_ones(1), listed.start + listed.length])[last]
 
 
 @dataclass(eq=False)

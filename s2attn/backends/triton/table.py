@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from s2attn.backends.triton.tiles import SMALLEST, Tiles
+from s2attn.backends.triton.tiles import FORMS, SMALLEST, Tiles
 from s2attn.core import bad_value
-from s2attn.schedule import FORMS
+from s2attn.schedule import CUTS
 
 SCHEMA = 1
 PACKAGED = Path(__file__).parent / "tuned"
@@ -94,10 +94,12 @@ def _row(row: dict[str, Any]) -> tuple[Situation, Tiles]:
     powers = (tiles.line_tokens, tiles.listed_tokens, tiles.num_warps)
     if any(not isinstance(n, int) or n < 1 or n & (n - 1) for n in powers) or min(powers[:2]) < SMALLEST:
         raise bad_value("tiles", f"must have powers of two, at least {SMALLEST} tokens", row["tiles"])
-    if tiles.form and tiles.form not in FORMS:
-        raise bad_value("tiles", f"must have no form but {', '.join(FORMS)}", row["tiles"])
     if tiles.num_stages < 1 or tiles.key_range < 0:
         raise bad_value("tiles", "must have at least one stage, and no negative key range", row["tiles"])
+    if tiles.form not in FORMS:
+        raise bad_value("form", f"must be one of {', '.join(FORMS)}", tiles.form)
+    if tiles.cut and tiles.cut not in CUTS:
+        raise bad_value("cut", f"must be empty or one of {', '.join(CUTS)}", tiles.cut)
     return situation, tiles
 
 

@@ -11,14 +11,18 @@ SHARED_MEMORY = {
 """Bytes of shared memory one program can have, by target; a launch asks the device itself, compile checks ask this table."""
 
 
+FORMS = ("plain", "specialised", "hopper")
+"""Plain Triton; Triton in the narrow form that its compiler cuts into warp groups; Gluon for Hopper."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tokens of a tile on the lines' axis and on the listed axis, warps, and stages of the software pipeline.
 
     ``key_range`` cuts the lists of forward and dq where they cross a multiple of so many keys, and takes range by range, so that K and V
-    of one range stay in the second-level cache; 0 does not. ``specialised`` takes the warp-specialised kernel, whose tiles are its own
-    (`s2attn.backends.triton.specialised.choose_form`), wherever it can serve; where it cannot, these. ``form`` is how "decode" cuts its
-    lists (one of `s2attn.schedule.FORMS`); empty leaves it to `s2attn.schedule.choose_cut`.
+    of one range stay in the second-level cache; 0 does not. ``form`` is one of `FORMS`: "plain", or another kernel whose tiles are its own
+    wherever it can serve ("specialised": `s2attn.backends.triton.specialised`; "hopper": `s2attn.backends.triton.hopper`); where it
+    cannot, the plain one with these. ``cut`` is how "decode" cuts its lists, one of `s2attn.schedule.CUTS`; empty, the shape of a call says.
     """
 
     line_tokens: int
@@ -26,8 +30,8 @@ class Tiles:
     num_warps: int
     num_stages: int
     key_range: int = 0
-    specialised: bool = False
-    form: str = ""
+    form: str = "plain"
+    cut: str = ""
 
     def factor(self, block: int) -> int:
         """Blocks of the lines' axis that share a tile."""
@@ -67,7 +71,7 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
     ``capped``: with a soft-cap, whose arithmetic needs registers too.
 
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
-    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, specialised=False, form='')
+    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, form='plain', cut='')
     """
     wanted = _preferred(op, (next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
     line_tokens, listed_tokens = wanted.line_tokens, wanted.listed_tokens

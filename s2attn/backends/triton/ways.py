@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.base import Scoring
-from s2attn.backends.triton import launch, specialised
+from s2attn.backends.triton import hopper, launch, specialised
+from s2attn.backends.triton.hopper import HopperWay, choose_hopper_form, has_hopper, hopper_objections, hopper_way
 from s2attn.backends.triton.specialised import SpecialisedWay, choose_form, form_objections, specialised_way
 from s2attn.backends.triton.start import Starts
 from s2attn.backends.triton.tiles import Tiles
 from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
 from s2attn.layout import Layout, dense_pairs
+
+Special = SpecialisedWay | HopperWay
 
 
 class Prepared:
@@ -45,29 +48,34 @@ class Prepared:
                 self._walks[key] = walk_rows(layout, factor, unit, heads // layout.heads, key_range, cut)
         return self._walks[key]
 
-    def special(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> SpecialisedWay | None:
-        """What the specialised kernel of ``op`` needs, or None where it cannot serve."""
-        if form_objections(op, q, k, v, layout, scoring):
+    def special(self, op: str, name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Special | None:
+        """What the kernel of ``op`` in the form ``name`` needs; None for the plain one, and where the form cannot serve."""
+        if name == "plain" or objections(op, name, q, k, v, layout, scoring):
             return None
         heads, kv_heads = q.shape[2], k.shape[2]
-        form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, heads // max(layout.heads, kv_heads))
+        shared = heads // max(layout.heads, kv_heads)
+        if name == "hopper":
+            form = choose_hopper_form(q.shape[-1], v.shape[-1], layout.block, shared)
+            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), hopper.WORD, cut=False)
+            return hopper_way(op, form, layout, walk)
+        form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, shared)
         walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=op == "dkv")
         return specialised_way(op, form, layout, walk)
 
 
 @dataclass(eq=False)
 class Way:
-    """One kernel over one layout, in the plain form or in the specialised one.
+    """One kernel over one layout, in the plain form or in another one.
 
     Attributes:
         tiles: of the plain kernel.
-        special: what the specialised kernel needs, or None where it is not wanted or cannot serve.
+        special: what the kernel of another form needs, or None where none is wanted or it cannot serve.
         prepared: what was made of the layout; ``heads`` and ``kv_heads`` those of the calls.
     """
 
     op: str
     tiles: Tiles
-    special: SpecialisedWay | None
+    special: Special | None
     prepared: Prepared
     heads: int
     kv_heads: int
@@ -78,12 +86,14 @@ class Way:
         cls, op: str, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, prepared: Prepared
     ) -> Way:  # fmt: skip
         """The way for such tensors."""
-        wanted = tiles.specialised and can_specialise(layout.device, q.dtype)
-        special = prepared.special(op, q, k, v, layout, scoring) if wanted else None
+        wanted = can_take(tiles.form, layout.device, q.dtype)
+        special = prepared.special(op, tiles.form, q, k, v, layout, scoring) if wanted else None
         return cls(op, tiles, special, prepared, q.shape[2], k.shape[2])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         special = self._special(q, k, v)
+        if isinstance(special, HopperWay):
+            return hopper.hopper_forward(q, k, v, special, scoring)
         if special is not None:
             return specialised.specialised_forward(q, k, v, special, scoring)
         return launch.forward(q, k, v, self._plain(layout), self.tiles, layout.block, scoring)
@@ -92,7 +102,7 @@ class Way:
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
     ) -> Tensor:  # fmt: skip
         special = self._special(q, k, v)
-        if special is not None:
+        if isinstance(special, SpecialisedWay):
             return specialised.specialised_dq(q, k, v, aligned_copy(dout), lse, delta, special, scoring)
         return launch.dq(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
 
@@ -100,7 +110,7 @@ class Way:
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         special = self._special(q, k, v)
-        if special is not None and specialised.fits_columns(q, dout, groups=k.shape[2]):
+        if isinstance(special, SpecialisedWay) and specialised.fits_columns(q, dout, groups=k.shape[2]):
             return specialised.specialised_dkv(q, k, v, aligned_copy(dout), lse, delta, special, scoring)
         return launch.dkv(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
 
@@ -110,8 +120,9 @@ class Way:
         special = None if self.special is None else self.special.walk
         return sum(walk.slots for walk in (self._walk, special) if walk is not None)
 
-    def _special(self, *tensors: Tensor) -> SpecialisedWay | None:
-        usable = self.special is not None and not self.special.lost and specialised.is_aligned(*tensors)
+    def _special(self, *tensors: Tensor) -> Special | None:
+        readable = hopper.can_copy if isinstance(self.special, HopperWay) else specialised.is_aligned
+        usable = self.special is not None and not self.special.lost and readable(*tensors)
         return self.special if usable else None
 
     def _plain(self, layout: Layout) -> Walk:
@@ -127,10 +138,17 @@ def aligned_copy(dout: Tensor) -> Tensor:
     return dout if specialised.is_aligned(dout) else dout.clone(memory_format=torch.contiguous_format)
 
 
-def can_specialise(device: torch.device, dtype: torch.dtype) -> bool:
-    """The compiler makes the cut for Hopper and 16-bit numbers; the interpreter runs the same source without it, in float32 too."""
+def can_take(form: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device can run kernels in this form.
+
+    Both special forms are for Hopper and 16-bit numbers. The interpreter runs the source of the specialised one without its cut, in
+    float32 too; Gluon's it cannot run.
+    """
     if device.type != "cuda":
-        return True
-    # AMD's cards have capabilities of the same look.
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and dtype != torch.float32
+        return form != "hopper"
+    return form == "plain" or (has_hopper(device) and dtype != torch.float32)
+
+
+def objections(op: str, form: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> list[str]:
+    """Every reason why the kernel of ``op`` in another form than the plain one cannot serve such tensors and this layout."""
+    return (hopper_objections if form == "hopper" else form_objections)(op, q, k, v, layout, scoring)
