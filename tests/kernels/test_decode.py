@@ -114,12 +114,12 @@ def test_presets(name, shape, cut_as):
     cut_as(form)
     found = preset(name)
     pattern = found.pattern(0) if isinstance(found, Recipe) else found
-    lengths = [(q_len, 420), (q_len, 129), (q_len, q_len)]
+    lengths = [(q_len, 330), (q_len, 129), (q_len, q_len)]
     case = Case(pattern, lengths, heads=2 * group, kv_heads=2, page_size=page_size, per_head=q_len < 5, heads_first=group > 2)
     case.check(*case.run())
 
 
-MIXED = [(20, 70), (1, 100), (0, 50), (3, 20), (5, 0), (9, 4)]
+MIXED = [(18, 60), (1, 80), (0, 50), (3, 20), (2, 0), (5, 4)]
 """A prompt behind a prefix, one token, none, several, and sequences with fewer keys than queries."""
 
 
