@@ -121,8 +121,8 @@ def arguments(driver: RecordingDriver) -> Any:
 def paged(driver: RecordingDriver) -> Any:
     """Kernels of paged calls of many batches and caches with their compiled forms, for each way of cutting."""
     layout, found = build_layout(Local(2), 4, 2, 4096), {}
-    for form in ("direct", "split", "stream"):
-        backend, names = Triton(lambda *given, form=form: replace(find_tiles(*given), form=form)), []
+    for cut in ("direct", "split", "stream"):
+        backend, names = Triton(lambda *given, cut=cut: replace(find_tiles(*given), cut=cut)), []
         for batch, pages in ((2, 40), (5, 17), (16, 64), (2, 40)):
             k, v = torch.zeros(2, pages, 16, 2, 64, dtype=torch.float16)
             where = Pages(k, v, torch.zeros(batch, 1, pages, dtype=torch.int32))
@@ -130,7 +130,7 @@ def paged(driver: RecordingDriver) -> Any:
             backend.forward_paged(torch.zeros(1, batch, 4, 64, dtype=torch.float16), where, requests, layout, SCORING)
             backend.store(Writes(*(torch.zeros(batch, 2, 64, dtype=torch.float16),) * 2, k, v, torch.arange(batch)))
             names.append([(one.kernel, one.compiled) for one in taken(driver)])
-        found[form] = names
+        found[cut] = names
     return found
 
 

@@ -189,15 +189,14 @@ def test_strides_that_are_no_rows():
     torch.testing.assert_close(out, s2attn.attention(q, k, v, S2), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["portable", "triton"])
-def test_rows_of_a_square_layout(backend):
+def test_rows_of_a_square_layout():
     """For one pattern, and for random blocks that no pattern made: a query reads the row of its position."""
     lengths, group = [(3, 70), (1, 33), (17, 100), (0, 5), (4, 2)], (4, 2)
     q, k, v = random_sequences(lengths, *group)
     layout = build_layout(S2, *group, 100, block=16)
     masks = masks_of(S2, lengths, *group)
     paged = scattered(masks, k, v, 32, per_head=True)
-    compare(*decode_packed(q, paged, layout, backend=backend), q, k, v, masks)
+    compare(*decode_packed(q, paged, layout), q, k, v, masks)
     mask = random_mask(2, 100, 100, 16, causal=True)
     chosen = Layout.from_dense(mask, block=16)
     chosen = Layout(16, True, chosen.rows, chosen.tiles, chosen.q_spans, chosen.k_spans)
@@ -207,10 +206,9 @@ def test_rows_of_a_square_layout(backend):
         for (n, _), row in zip(lengths, rows, strict=True)
     ]
     paged = scattered(masks, k, v, 32, per_head=False)
-    compare(*decode_packed(q, paged, chosen, backend=backend), q, k, v, masks)
-    if backend == "portable":
-        with pytest.raises(ValueError, match="layout must have a row for every position, 100 by seq_lens; got 96"):
-            decode_packed(q, paged, build_layout(S2, *group, 96, block=16))
+    compare(*decode_packed(q, paged, chosen), q, k, v, masks)
+    with pytest.raises(ValueError, match="layout must have a row for every position, 100 by seq_lens; got 96"):
+        decode_packed(q, paged, build_layout(S2, *group, 96, block=16))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -22,7 +22,7 @@ class Tiles:
     ``key_range`` cuts the lists of forward and dq where they cross a multiple of so many keys, and takes range by range, so that K and V
     of one range stay in the second-level cache; 0 does not. ``form`` is one of `FORMS`: "plain", or another kernel whose tiles are its own
     wherever it can serve ("specialised": `s2attn.backends.triton.specialised`; "hopper": `s2attn.backends.triton.hopper`); where it
-    cannot, the plain one with these. ``cut`` is how "decode" cuts its lists, one of `s2attn.schedule.CUTS`; empty, the shape of a call says.
+    cannot, the plain one with these. ``cut`` is how "decode" cuts lists, one of `s2attn.schedule.CUTS`; empty, the shape of the call says.
     """
 
     line_tokens: int
