@@ -14,6 +14,7 @@ from typing import Any
 
 from s2attn.backends.triton.decode import compiler_options
 from s2attn.backends.triton.hopper import choose_hopper_form
+from s2attn.backends.triton.hopper_backward import choose_column_form, choose_dq_form
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, next_power
@@ -33,10 +34,24 @@ KERNELS = {
     "reduce": "decode.reduce_kernel",
     "store": "store.store_kernel",
 }
-_INTS = ("keys", "codes", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS = ("keys", "codes", "listed", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
 _INTS += ("table", "lens", "cu", "counts", "key_pos", "spans")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
-_FLOATS = ("lse", "delta", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv", "k_scale", "v_scale")
+_FLOATS = (
+    "lse",
+    "delta",
+    "numbers",
+    "dlse",
+    "sinks",
+    "slot",
+    "slot_out",
+    "slot_lse",
+    "slot_dq",
+    "slot_dk",
+    "slot_dv",
+    "k_scale",
+    "v_scale",
+)
 _FLOATS += ("sums", "mass")
 _POINTERS = {
     "ptr": "i64",
@@ -65,6 +80,7 @@ class Compiled:
         shared_bytes: per program.
         warps: of a program; more than were asked for when the compiler has cut the kernel into specialised warp groups.
         text: PTX, or amdgcn.
+        remarks: what NVIDIA's assembler says of asynchronous products, such as that it must wait after every one of them.
     """
 
     registers: int
@@ -72,6 +88,7 @@ class Compiled:
     shared_bytes: int
     warps: int
     text: str
+    remarks: tuple[str, ...] = ()
 
     @property
     def wgmma(self) -> int:
@@ -158,15 +175,19 @@ def compile_hopper(
     """Compile a Gluon kernel for sm_90 in the form that a launch would choose.
 
     Args:
-        op: "forward".
-        dtype, block, shared_heads, capped, sinks: as for :func:`compile_specialised`.
+        op: "forward", "dq" or "dkv".
+        dtype, block, shared_heads, capped, sinks: as for :func:`compile_specialised`; sinks are the forward kernel's alone.
         dim, dim_v: head widths, 64 or 128.
         packed: for several sequences in one tensor.
     """
     kernel = getattr(import_module(f"s2attn.kernels.hopper.{op}"), f"hopper_{op}_kernel")
     dim_v = dim if dim_v is None else dim_v
-    form = choose_hopper_form(dim, dim_v, block, shared_heads)
-    constants = {"D": dim, "DV": dim_v, **form.constants(block), "CAPPED": capped, "SINKS": sinks, "PACKED": packed}
+    flags = {"CAPPED": capped, "PACKED": packed}
+    if op == "forward":
+        form, flags["SINKS"] = choose_hopper_form(dim, dim_v, block, shared_heads), sinks
+    else:
+        form = choose_dq_form(dim, dim_v, block, shared_heads) if op == "dq" else choose_column_form(dim, dim_v, block, capped)
+    constants = {"D": dim, "DV": dim_v, **form.constants(block), **flags}
     return _compiled(kernel, "sm_90", dtype, constants, {"num_warps": 4})
 
 
@@ -256,8 +277,8 @@ def _compiled(
     device = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     made = triton.compile(source, target=device, options=options)
     text = made.asm["amdgcn" if amd else "ptx"]
-    registers, spills = _written_down(text) if amd else _assembled(text, device.arch)
-    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, text)
+    registers, spills, remarks = (*_written_down(text), ()) if amd else _assembled(text, device.arch)
+    return Compiled(registers, spills, made.metadata.shared, made.metadata.num_warps, text, remarks)
 
 
 def _constants(
@@ -311,8 +332,8 @@ def _tool(tool: Any, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([shutil.which(tool.path) or tool.path, *words], capture_output=True, text=True, check=True)
 
 
-def _assembled(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers per thread and bytes of spills, from the assembler that Triton brings."""
+def _assembled(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
+    """Registers per thread, bytes of spills and remarks, from the assembler that Triton brings."""
     from triton import knobs
 
     tool = knobs.nvidia.ptxas_blackwell if arch >= 100 and hasattr(knobs.nvidia, "ptxas_blackwell") else knobs.nvidia.ptxas
@@ -324,4 +345,4 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int]:
         said = _tool(tool, "-v", f"--gpu-name={name}", str(path), "-o", str(path.with_suffix(".cubin"))).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     spills = sum(int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said))
-    return registers, spills
+    return registers, spills, tuple(re.findall(r"\(C75\d\d\)[^\n]*", said))

@@ -9,8 +9,9 @@ import torch
 
 from s2attn import Dense, Local, Pattern, Sink, Stride, Window, build_layout
 from s2attn.backends.triton.hopper import HopperWay
+from s2attn.backends.triton.hopper_backward import HopperColumns
 from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem
+from s2attn.testing.problems import check_backend, make_problem, run
 
 # pattern, length on a GPU, query heads, KV heads, D, DV, block, causal
 CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, bool]] = {
@@ -27,7 +28,7 @@ CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, bool]] = {
 
 def forms(backend, layout) -> dict[str, bool]:
     """Which kernels were Hopper's."""
-    return {way.op: isinstance(way.special, HopperWay) for way in backend._prepared[layout].ways.values()}
+    return {way.op: isinstance(way.special, (HopperWay, HopperColumns)) for way in backend._prepared[layout].ways.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -40,16 +41,17 @@ def test_agrees_with_the_oracle(name, softcap, sinks, dtype, device, sized, hopp
     scoring = {"softcap": softcap, "sinks": torch.randn(heads) if sinks else None}
     p = make_problem(layout, mask, heads=heads, kv_heads=kv_heads, batch=sized(2, 1), width=dim, v_width=dim_v, **scoring).on(device)
     check_backend(hopper, p, dtype)
-    assert forms(hopper, p.layout) == {"forward": dtype != torch.float32, "dq": False, "dkv": False}
+    assert forms(hopper, p.layout) == dict.fromkeys(("forward", "dq", "dkv"), dtype != torch.float32)
 
 
 def test_the_same_bits_every_time(usual, device, sized, hopper):
     n, pattern = sized(8192, 140), Sink(64) | Window(sized(256, 20))
     layout = build_layout(pattern, 4, 2, n)
     p = make_problem(layout, dense_mask(pattern, 4, 2, n, n), heads=4, kv_heads=2, width=64).on(device).to(usual)
-    first = hopper.forward(*p.arguments)
+    first = run(hopper, p)
     for _ in range(sized(100, 1)):
-        assert all(torch.equal(a, b) for a, b in zip(first, hopper.forward(*p.arguments), strict=True))
+        again = run(hopper, p)
+        assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("out", "lse", "dq", "dk", "dv"))
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -62,9 +64,12 @@ def test_a_packed_sequence_reads_nothing_of_the_next(heads, usual, device, sized
     for lo, n in zip(cu.tolist(), lengths, strict=False):
         mask[:, lo : lo + n, lo : lo + n] = dense_mask(pattern, heads, 1, n, n) if n else False
     p = make_problem(layout, mask, heads=heads, kv_heads=1, width=64).on(device).to(usual)
-    out, lse = hopper.forward(*p.arguments)
-    k, v = p.k.clone(), p.v.clone()
-    k[:, end:] = v[:, end:] = float("nan")
-    again, lse_again = hopper.forward(*replace(p, k=k, v=v).arguments)
-    assert torch.equal(again[:, :end], out[:, :end]) and torch.equal(lse_again[..., :end], lse[..., :end])
-    assert forms(hopper, p.layout) == {"forward": True}
+    once = run(hopper, p)
+    spoilt = replace(p, **{name: getattr(p, name).clone() for name in ("q", "k", "v", "dout")})
+    for x in (spoilt.q, spoilt.k, spoilt.v, spoilt.dout):
+        x[:, end:] = float("nan")
+    again = run(hopper, spoilt)
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(getattr(again, name)[:, :end], getattr(once, name)[:, :end]), name
+    assert torch.equal(again.lse[..., :end], once.lse[..., :end])
+    assert forms(hopper, p.layout) == dict.fromkeys(("forward", "dq", "dkv"), True)

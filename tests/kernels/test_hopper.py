@@ -199,7 +199,9 @@ def test_objections():
     q, k, v = (torch.zeros(2, 80, heads, 64, dtype=torch.float16) for heads in (2, 1, 1))
     layout, plain = build_layout(Dense(), 2, 1, 80), Scoring(0.1)
     assert hopper_objections("forward", q, k, v, layout, plain) == []
-    assert hopper_objections("dq", q, k, v, layout, plain) == ["a kernel for dq: there is one for forward"]
+    assert hopper_objections("dq", q, k, v, layout, Scoring(-0.1)) == hopper_objections("dkv", q, k, v, layout, plain) == []
+    apart = build_layout(Random(1, heads="query"), 2, 1, 80)
+    assert hopper_objections("dkv", q, k, v, apart, plain) == ["the same lists for all query heads of a group, not 2 lists for 1 KV heads"]
     assert hopper_objections("forward", q.float(), k.float(), v.float(), layout, plain) == ["float16 or bfloat16, not torch.float32"]
     assert hopper_objections("forward", q[..., :48], k[..., :48], v, layout, plain) == ["head width 48 is not 64 or 128"]
     assert hopper_objections("forward", q, k, v, build_layout(Dense(), 2, 1, 80, block=32), plain) == [

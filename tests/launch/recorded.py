@@ -139,29 +139,34 @@ def shown(launches: list[Launch]) -> list[Any]:
 
 
 def hopper(driver: RecordingDriver) -> Any:
-    """The Hopper forward over several lengths, then as in `arguments`; compiled forms, grids, and what the four launches pass."""
-    from s2attn.backends.triton import hopper, ways
+    """Hopper's kernels over several lengths, then as in `arguments`; compiled forms, grids, and what the four launches pass."""
+    from s2attn.backends.triton import hopper, hopper_backward, ways
+    from s2attn.kernels.hopper.dkv import hopper_dkv_kernel
+    from s2attn.kernels.hopper.dq import hopper_dq_kernel
     from s2attn.kernels.hopper.forward import hopper_forward_kernel
 
-    ways.can_take, hopper.programs_of = lambda *given: True, lambda index: 132
+    ways.can_take = lambda *given: True
+    hopper.programs_of = hopper_backward.programs_of = lambda index: 132
     backend, grids = Triton(lambda *given: Tiles(64, 64, 4, 3, form="hopper")), []
     for batch, tokens in ((1, 2048), (2, 333), (3, 64), (1, 12000)):
-        call(backend, tensors(batch, tokens), build_layout(Local(2), 4, 2, tokens))
-        grids.append(driver.launches[-1].grid)
-    forms = sum(len(cache[0]) for cache in hopper_forward_kernel.device_caches.values())
-    taken(driver)
+        x = tensors(batch, tokens)
+        call(backend, x, build_layout(Local(2), 4, 2, tokens), torch.randn_like(x[0]))
+        grids.append({one.kernel: one.grid for one in taken(driver) if one.kernel.startswith("hopper")})
+    made = [hopper_forward_kernel, hopper_dq_kernel, hopper_dkv_kernel]
+    forms = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in made]
     backend, x, layout, passed = (
         Triton(lambda *given: Tiles(64, 64, 4, 3, form="hopper")),
         tensors(2, 200),
         build_layout(Local(2), 4, 2, 200),
         [],
     )
+    dout = torch.randn_like(x[0])
     with same_memory() as again:
         for plain in (True, False, False, False):
             again()
             alone = start._plain
             start._plain = (lambda kernel: True) if plain else alone
-            call(backend, x, layout)
+            call(backend, x, layout, dout)
             start._plain = alone
             passed.append(shown(taken(driver)))
     return {"forms": forms, "grids": grids, "kernels": [one[0] for one in passed[0]], "same": all(one == passed[0] for one in passed)}

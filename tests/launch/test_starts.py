@@ -39,12 +39,15 @@ def test_repeated_starts_pass_what_triton_passes():
     assert {kernel for ways in calls for kernel, _ in ways[0][2]} == set(KERNELS)
 
 
-def test_a_hopper_kernel_starts_like_the_others():
+def test_hopper_kernels_start_like_the_others():
     found = recorded("hopper")
     # Two heads are stacked: 4 heads have half as many items as blocks and heads, and no more programs start than the GPU holds at once.
-    assert found == {
-        "forms": 1, "grids": [[64, 1, 1], [24, 1, 1], [6, 1, 1], [132, 1, 1]], "kernels": ["hopper_forward_kernel"], "same": True
-    }  # fmt: skip
+    # Columns are those of the KV heads.
+    programs = [[64, 1, 1], [24, 1, 1], [6, 1, 1], [132, 1, 1]]
+    kernels = [f"hopper_{op}_kernel" for op in ("forward", "dq", "dkv")]
+    assert found["grids"] == [dict.fromkeys(kernels, grid) for grid in programs]
+    assert found["forms"] == [1, 1, 1] and found["same"]
+    assert set(found["kernels"]) == {*kernels, "delta_kernel"}
 
 
 def test_unaligned_tensors_are_never_taken_for_aligned_ones():

@@ -18,7 +18,7 @@ from s2attn.backends.triton.tiles import SHARED_MEMORY
 from s2attn.backends.triton.walk import Walk
 from s2attn.layout import Layout, Spans
 
-OPS = ("forward",)
+OPS = ("forward", "dq", "dkv")
 """What there is a Hopper kernel for."""
 WORD = 64
 """Keys in a word of a mask tile, and in a tile."""
@@ -85,9 +85,13 @@ def hopper_objections(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, 
         why.append(f"blocks of 64 tokens or more, not {layout.block}")
     if q.dtype not in (torch.float16, torch.bfloat16):
         why.append(f"float16 or bfloat16, not {q.dtype}")
+    if op == "dkv" and k.shape[2] % layout.heads:
+        why.append(f"the same lists for all query heads of a group, not {layout.heads} lists for {k.shape[2]} KV heads")
+    if op == "dkv" and q.shape[0] * q.shape[2] * len(layout.q_spans) * layout.block >= 2**31:
+        why.append("fewer than 2**31 query rows over batch and heads")
     if not q.shape[1] or not k.shape[1]:
         why.append("queries and keys: a descriptor of no rows does not exist")
-    if scoring.softcap is None and scoring.scale <= 0:
+    if op == "forward" and scoring.softcap is None and scoring.scale <= 0:
         why.append(f"a scale above 0 where there is no soft-cap, not {scoring.scale}")
     return why
 
@@ -107,7 +111,7 @@ class HopperWay:
     """What one Hopper kernel needs of one layout.
 
     Attributes:
-        op: "forward"; ``form`` that of its items; ``block`` that of the layout.
+        op: "forward" or "dq"; ``form`` that of its items; ``block`` that of the layout.
         walk: the lists, uncut.
         work: int64 ``(lines, 8)``, one row for each line, longest first; the kernel says what is in it.
         keys: int32, the first token of each listed block.

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.base import Scoring
-from s2attn.backends.triton import hopper, launch, specialised
+from s2attn.backends.triton import hopper, hopper_backward, launch, specialised
 from s2attn.backends.triton.hopper import HopperWay, choose_hopper_form, has_hopper, hopper_objections, hopper_way
+from s2attn.backends.triton.hopper_backward import HopperColumns, choose_column_form, choose_dq_form, hopper_columns
 from s2attn.backends.triton.specialised import SpecialisedWay, choose_form, form_objections, specialised_way
 from s2attn.backends.triton.start import Starts
 from s2attn.backends.triton.tiles import Tiles
 from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
 from s2attn.layout import Layout, dense_pairs
 
-Special = SpecialisedWay | HopperWay
+Special = SpecialisedWay | HopperWay | HopperColumns
 
 
 class Prepared:
@@ -54,8 +55,13 @@ class Prepared:
             return None
         heads, kv_heads = q.shape[2], k.shape[2]
         shared = heads // max(layout.heads, kv_heads)
+        if name == "hopper" and op == "dkv":
+            form = choose_column_form(q.shape[-1], v.shape[-1], layout.block, scoring.softcap is not None)
+            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens)
+            return hopper_columns(form, layout, walk, kv_heads)
         if name == "hopper":
-            form = choose_hopper_form(q.shape[-1], v.shape[-1], layout.block, shared)
+            shape = q.shape[-1], v.shape[-1], layout.block, shared
+            form = choose_dq_form(*shape) if op == "dq" else choose_hopper_form(*shape)
             walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), hopper.WORD, cut=False)
             return hopper_way(op, form, layout, walk)
         form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, shared)
@@ -94,7 +100,7 @@ class Way:
         special = self._special(q, k, v)
         if isinstance(special, HopperWay):
             return hopper.hopper_forward(q, k, v, special, scoring)
-        if special is not None:
+        if isinstance(special, SpecialisedWay):
             return specialised.specialised_forward(q, k, v, special, scoring)
         return launch.forward(q, k, v, self._plain(layout), self.tiles, layout.block, scoring)
 
@@ -102,6 +108,8 @@ class Way:
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
     ) -> Tensor:  # fmt: skip
         special = self._special(q, k, v)
+        if isinstance(special, HopperWay):
+            return hopper_backward.hopper_dq(q, k, v, dout, lse, delta, special, scoring)
         if isinstance(special, SpecialisedWay):
             return specialised.specialised_dq(q, k, v, aligned_copy(dout), lse, delta, special, scoring)
         return launch.dq(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
@@ -110,6 +118,8 @@ class Way:
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
         special = self._special(q, k, v)
+        if isinstance(special, HopperColumns):
+            return hopper_backward.hopper_dkv(q, k, v, dout, lse, delta, special, scoring)
         if isinstance(special, SpecialisedWay) and specialised.fits_columns(q, dout, groups=k.shape[2]):
             return specialised.specialised_dkv(q, k, v, aligned_copy(dout), lse, delta, special, scoring)
         return launch.dkv(q, k, v, dout, lse, delta, self._plain(layout), self.tiles, layout.block, scoring)
@@ -121,7 +131,7 @@ class Way:
         return sum(walk.slots for walk in (self._walk, special) if walk is not None)
 
     def _special(self, *tensors: Tensor) -> Special | None:
-        readable = hopper.can_copy if isinstance(self.special, HopperWay) else specialised.is_aligned
+        readable = hopper.can_copy if isinstance(self.special, (HopperWay, HopperColumns)) else specialised.is_aligned
         usable = self.special is not None and not self.special.lost and readable(*tensors)
         return self.special if usable else None
 
