@@ -17,7 +17,8 @@ from s2attn.testing.compiling import compile_hopper, exponentials_beside_product
 made = compile_hopper(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]))
 facts = {"spills": made.spill_bytes, "shared": made.shared_bytes, "warps": made.warps, "registers": made.registers, "wgmma": made.wgmma}
 waits, asked = re.findall(r"wgmma.wait_group.sync.aligned (\\d+)", made.text), re.findall(r"setmaxnreg\\S+\\s+(\\d+)", made.text)
-facts |= {"waits": [int(n) for n in waits], "asked": [int(n) for n in asked], "remarks": made.remarks, "beside": exponentials_beside_products(made.text)}
+facts |= {"waits": [int(n) for n in waits], "asked": [int(n) for n in asked], "remarks": made.remarks}
+facts["beside"] = exponentials_beside_products(made.text)
 print(json.dumps({**facts, "tma": made.text.count("cp.async.bulk.tensor"), "tensormaps": made.text.count("tensormap.cp_fenceproxy")}))
 """
 

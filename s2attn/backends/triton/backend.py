@@ -132,7 +132,7 @@ class Triton(Backend):
         prepared = self._prepared.get(layout)
         if prepared is None:
             prepared = self._prepared[layout] = Prepared()
-        key = (op, q.dtype, q.shape[0], q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None)
+        key = (op, q.dtype, q.shape[0], q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None, scoring.scale > 0)
         way = prepared.ways.get(key)
         if way is None:
             capped = scoring.softcap is not None
