@@ -48,6 +48,7 @@ __all__ = [
     "Random",
     "Recipe",
     "Report",
+    "Sampling",
     "Sink",
     "SparseAttention",
     "SparseCache",
@@ -58,26 +59,33 @@ __all__ = [
     "attention",
     "build_layout",
     "decode",
+    "decode_cascade",
     "describe",
+    "generate",
     "hyper_attention",
     "merge",
     "parse_pattern",
     "plot",
     "preset",
     "store_kv",
+    "stream",
     "warmup",
 ]
 
 # The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Report": "s2attn.lab.describe",
+    "Sampling": "s2attn.nn.sampling",
     "SparseCache": "s2attn.cache.sparse",
     "XAttention": "s2attn.selectors",
     "decode": "s2attn.ops.decode",
+    "decode_cascade": "s2attn.ops.cascade",
     "describe": "s2attn.lab.describe",
+    "generate": "s2attn.nn.generation",
     "hyper_attention": "s2attn.selectors",
     "plot": "s2attn.lab.plot",
     "store_kv": "s2attn.ops.store",
+    "stream": "s2attn.nn.generation",
 }
 
 

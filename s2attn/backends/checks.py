@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Pages
+from s2attn.backends.base import Pages, Writes
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +39,20 @@ def paged_objections(q: Tensor, pages: Pages) -> list[str]:
         if tensor.device != q.device:
             why.append(f"{name} lies on {tensor.device}, q on {q.device}")
     return why
+
+
+def store_objections(new: Writes) -> list[str]:
+    """Why new keys and values like these cannot be written into such pages."""
+    why = plain_objections(new.k, new.k, new.v)
+    for name, tensor, pages in (("k_pages", new.k, new.k_pages), ("v_pages", new.v, new.v_pages)):
+        if pages.dtype not in (tensor.dtype, torch.float8_e4m3fn):
+            why.append(f"{name} has dtype {pages.dtype}, neither that of what is written, {tensor.dtype}, nor float8_e4m3fn")
+    return why
+
+
+def is_captured(*tensors: Tensor) -> bool:
+    """Whether work on these tensors is being captured into a CUDA graph, so that no number can be looked at."""
+    return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

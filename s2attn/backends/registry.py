@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Pages
+from s2attn.backends.base import Backend, Pages, Writes
 from s2attn.core import Unsupported, bad_kind, bad_value
 
 
@@ -79,6 +79,16 @@ def pick(name: str, q: Tensor, k: Tensor, v: Tensor) -> Backend:
 def pick_paged(name: str, q: Tensor, pages: Pages) -> Backend:
     """The same choice for queries whose keys lie in pages."""
     return _pick(name, "decode", lambda backend: backend.paged_objections(q, pages))
+
+
+def pick_mass(name: str, q: Tensor, k: Tensor) -> Backend:
+    """The same choice for estimates of the mass of blocks."""
+    return _pick(name, "estimates of block mass", lambda backend: backend.mass_objections(q, k))
+
+
+def pick_store(name: str, new: Writes) -> Backend:
+    """The same choice for new keys and values that shall be written into pages."""
+    return _pick(name, "store_kv", lambda backend: backend.store_objections(new))
 
 
 def _pick(name: str, what: str, objections: Callable[[Backend], list[str]]) -> Backend:

@@ -127,8 +127,12 @@ class Meter:
         """Do what a call needs before it can be repeated."""
         start()
 
-    def arm(self, call: Call, start: Call) -> Armed:
-        """Make ``call``, which needs ``start`` once before it, ready to be timed."""
+    def arm(self, call: Call, start: Call, graph: bool | None = None) -> Armed:
+        """Make ``call``, which needs ``start`` once before it, ready to be timed.
+
+        Args:
+            graph: whether the call becomes a graph where the device has them: short calls do when None.
+        """
         self.begin(start)
         return Armed(call, "wall")
 
@@ -153,4 +157,8 @@ class Meter:
 
     def allocated_bytes(self) -> int | None:
         """Memory that is in use now; None where nobody says."""
+        return None
+
+    def free_bytes(self) -> int | None:
+        """Memory that could still be taken; None where others would feel it."""
         return None

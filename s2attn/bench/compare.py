@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,16 @@ class Error:
     @property
     def within(self) -> bool:
         return self.error <= self.bound
+
+
+def worst_of(found: Sequence[Error]) -> Error:
+    """The one that comes closest to its bound, or breaks it most."""
+    return max(found, key=lambda one: one.error / one.bound if one.error == one.error else float("inf"))
+
+
+def bound_of(plain: float, dtype: torch.dtype) -> float:
+    """What an error may be where plain eager code makes ``plain``: twice that, a rounding step of the dtype, and a few of float32."""
+    return 2 * plain + 2 * torch.finfo(dtype).eps + SUM_ROUNDINGS * torch.finfo(torch.float32).eps
 
 
 def sample_rows(seqlen: int, count: int = 32, seed: int = 0, first: int = 0) -> Tensor:
@@ -171,10 +181,8 @@ class Oracle:
             worst = _larger(worst, errors(own, truth))
             plain = None if plain is None else _larger(plain, errors(eager(part), truth))
         if plain is not None:
-            step = 2 * torch.finfo(self.inputs.q.dtype).eps + SUM_ROUNDINGS * torch.finfo(torch.float32).eps
-            self._bounds[pattern] = [2 * error + step for error in plain]
-        pairs = [Error(error, bound) for error, bound in zip(worst, self._bounds[pattern], strict=True)]
-        return max(pairs, key=lambda pair: pair.error / pair.bound if pair.error == pair.error else float("inf"))
+            self._bounds[pattern] = [bound_of(error, self.inputs.q.dtype) for error in plain]
+        return worst_of([Error(error, bound) for error, bound in zip(worst, self._bounds[pattern], strict=True)])
 
     def _groups(self, pattern: Pattern) -> Iterator[Group]:
         case, inputs = self.case, self.inputs

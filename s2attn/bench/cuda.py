@@ -49,9 +49,9 @@ class CudaMeter(Meter):
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def arm(self, call: Call, start: Call) -> Armed:
+    def arm(self, call: Call, start: Call, graph: bool | None = None) -> Armed:
         self.begin(start)
-        if self.seconds(call) >= 5 * GRAPH_BELOW_S or statistics.median(self.seconds(call) for _ in range(3)) >= GRAPH_BELOW_S:
+        if graph is False or (graph is None and self._long(call)):
             return Armed(call, "events")
         try:
             return Armed(self._graph(call, start), "graph")
@@ -60,6 +60,9 @@ class CudaMeter(Meter):
             self.begin(start)
             first = next(iter(str(error).splitlines()), "")
             return Armed(call, "events", f"no CUDA graph ({type(error).__name__}: {first}), so host time may be in it"[:300])
+
+    def _long(self, call: Call) -> bool:
+        return self.seconds(call) >= 5 * GRAPH_BELOW_S or statistics.median(self.seconds(call) for _ in range(3)) >= GRAPH_BELOW_S
 
     def _graph(self, call: Call, start: Call) -> Call:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -104,6 +107,9 @@ class CudaMeter(Meter):
 
     def allocated_bytes(self) -> int | None:
         return torch.cuda.memory_allocated()
+
+    def free_bytes(self) -> int | None:
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def cuda_facts() -> dict[str, Any]:

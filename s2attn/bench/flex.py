@@ -35,7 +35,7 @@ class Flex(Peer):
             return prepared(case, max(DEFAULT_BLOCK, case.block), {}, self.device)
         if case.backward:
             raise Skip("FlexAttention has no backward on CPUs")
-        create_block_mask = _flex().create_block_mask
+        create_block_mask = torch_flex().create_block_mask
         mask = mask_function(case.pattern, case)
         began = time.perf_counter()
         build = create_block_mask if case.seqlen <= 2048 else torch.compile(create_block_mask)
@@ -108,10 +108,11 @@ def mask_from(case: AttentionCase, layout: Layout) -> Any:
     mask, ours = mask_function(case.pattern, case, str(layout.device)), to_block_mask(layout, case.heads)
     lists = (ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices)
     lengths = (case.seqlen, case.seqlen)
-    return _flex().BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=layout.block, mask_mod=mask, seq_lengths=lengths)
+    return torch_flex().BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=layout.block, mask_mod=mask, seq_lengths=lengths)
 
 
-def _flex() -> Any:
+def torch_flex() -> Any:
+    """torch's module; raises `Skip` where it has none."""
     try:
         from torch.nn.attention import flex_attention
     except ImportError:
@@ -124,7 +125,7 @@ def _bytes_of(block_mask: Any) -> int:
 
 
 def _attend(case: AttentionCase, block_mask: Any, options: dict[str, int]) -> Attend:
-    kernel, gqa = torch.compile(_flex().flex_attention, dynamic=False), case.heads != case.kv_heads
+    kernel, gqa = torch.compile(torch_flex().flex_attention, dynamic=False), case.heads != case.kv_heads
     more = {"kernel_options": options} if options else {}
     return lambda q, k, v: kernel(q, k, v, block_mask=block_mask, enable_gqa=gqa, **more)
 

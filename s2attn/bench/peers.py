@@ -6,6 +6,7 @@ import importlib.util
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,21 @@ class Cudnn(Sdpa):
 
 def dense_attention(kind: str | None, grouped: bool) -> Attend:
     """Dense causal attention ``(B, H, T, D)`` through torch, forced to one kind or not."""
-    if kind is None:
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backend = getattr(SDPBackend, kind)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_context(kind):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
     return attend
+
+
+def sdpa_context(kind: str | None) -> AbstractContextManager[Any]:
+    """Inside of it torch's dense attention is of one kind, by its name in ``torch.nn.attention.SDPBackend``; of any where that is None."""
+    if kind is None:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(getattr(SDPBackend, kind))
 
 
 def _serves(attend: Attend, case: AttentionCase, device: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2attn.bench.journal import read_record
+from s2attn.bench.serving_tables import TABLES
 from s2attn.bench.tables import by_case, dense_peer, duration, head_of, notes, peer_names, reasons, size
 from s2attn.bench.targets import TARGETS, Found
 
@@ -18,6 +19,9 @@ OPS = {
     "forward_backward": "forward and backward together",
     "train": "training step",
     "prefill": "prefill",
+    "decode": "decoding from pages",
+    "inference": "prefill and decoding of a layer stack",
+    "select": "blocks chosen from q and k",
 }
 
 
@@ -66,6 +70,8 @@ def _sections(record: Record) -> list[str]:
         own = [row for row in rows if row["op"] == op]
         if op == "layout":
             parts += ["### Building lists", markdown(layout_lines(own))]
+        elif op in TABLES:
+            parts += [f"### {OPS[op].capitalize()}", markdown(TABLES[op](own))]
         elif op in ("train", "prefill"):
             parts += [f"### {OPS[op].capitalize()}", markdown(stack_lines(own))]
         else:
@@ -165,7 +171,7 @@ def targets_table(records: Mapping[str, Record]) -> str:
     for target in TARGETS:
         readings = target.read(found)
         if not readings:
-            lines.append([target.work, target.goal, f"not measured{': ' + target.why_not if target.why_not else ''}", "-"])
+            lines.append([target.work, target.goal, "not measured", "-"])
         lines += [[target.work, target.goal, text, "yes" if reached else "no"] for text, reached in readings]
     return markdown(lines)
 

@@ -14,19 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.bench.cases import AttentionCase, Case, LayoutCase
+from s2attn.bench.cases import AttentionCase, LayoutCase
 from s2attn.bench.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
 from s2attn.bench.compare import Error, Inputs, Oracle
+from s2attn.bench.decoding import decode_peers, run_decode_case
 from s2attn.bench.host import host_facts
+from s2attn.bench.inference import InferenceCase, inference_peers, run_inference_case
 from s2attn.bench.journal import SCHEMA, Journal, Record, Row, write_record
+from s2attn.bench.paged import DecodeCase
 from s2attn.bench.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
 from s2attn.bench.rows import Effort, Skip, compared, one_line, refuse_wrong, still_there
+from s2attn.bench.selecting import SelectCase, run_select_case, select_peers
 from s2attn.bench.stack import StackCase
 from s2attn.bench.stacks import run_stack_case, stack_peers
 from s2attn.layout import build_layout, dense_pairs
 
 __all__ = ["Effort", "Entrant", "meter_for", "run_case", "run_layout_case", "run_suite", "write_record"]
 Note = Callable[[str], None]
+OTHERS: dict[type, tuple[Callable[..., list[Row]], Callable[[Any, str], list[str]]]] = {
+    StackCase: (run_stack_case, stack_peers),
+    DecodeCase: (run_decode_case, decode_peers),
+    InferenceCase: (run_inference_case, inference_peers),
+    SelectCase: (run_select_case, select_peers),
+}
+"""For cases that bring their own peers: what runs one, and who has a row in it."""
+AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase | SelectCase
 
 
 class Arranged:
@@ -248,7 +260,7 @@ def run_layout_case(case: LayoutCase, rounds: int = 3) -> Row:
 
 def run_suite(
     name: str,
-    cases: Sequence[Case | StackCase],
+    cases: Sequence[AnyCase],
     *,
     peers: Sequence[str | Peer] = CPU_PEERS,
     effort: Effort | None = None,
@@ -286,11 +298,11 @@ def run_suite(
                 rows = [{**case.facts(), "peer": peer, "status": "skipped", "why": why} for peer in names]
             elif isinstance(case, LayoutCase):
                 rows = [run_layout_case(case)]
-            elif isinstance(case, StackCase):
-                backend = next((peer.backend for peer in made if isinstance(peer, S2Attn)), None)
-                rows = run_stack_case(case, effort or Effort(), seed, backend=backend, meter=meter, journal=journal, deadline=deadline)
-            else:
+            elif isinstance(case, AttentionCase):
                 rows = run_case(case, made, effort or Effort(), seed, meter=meter, journal=journal, deadline=deadline)
+            else:
+                run, backend = OTHERS[type(case)][0], next((peer.backend for peer in made if isinstance(peer, S2Attn)), None)
+                rows = run(case, effort or Effort(), seed, backend=backend, meter=meter, journal=journal, deadline=deadline)
             record["seconds"] = time.perf_counter() - began
             journal.add(rows, record)
             torch._dynamo.reset()
@@ -298,11 +310,11 @@ def run_suite(
     return journal.write({**record, "complete": True, "seconds": time.perf_counter() - began})
 
 
-def names_in(case: Case | StackCase, peers: Sequence[Peer], device: str) -> list[str]:
+def names_in(case: AnyCase, peers: Sequence[Peer], device: str) -> list[str]:
     """Who has a row in a case."""
     if isinstance(case, LayoutCase):
         return ["s2attn"]
-    return stack_peers(case, device) if isinstance(case, StackCase) else [peer.name for peer in peers]
+    return [peer.name for peer in peers] if isinstance(case, AttentionCase) else OTHERS[type(case)][1](case, device)
 
 
 @contextmanager

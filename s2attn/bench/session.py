@@ -12,28 +12,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2attn.bench.cases import AttentionCase
 from s2attn.bench.host import host_facts
+from s2attn.bench.inference import inference_suite
 from s2attn.bench.journal import SCHEMA, DeviceLost, Journal, Record, Row, read_record
+from s2attn.bench.paged import decode_suite
 from s2attn.bench.peers import CPU_PEERS, CUDA_PEERS, NAMES, make_peers
 from s2attn.bench.rows import Effort
-from s2attn.bench.runner import names_in, run_suite
-from s2attn.bench.stack import StackCase
+from s2attn.bench.runner import AnyCase, names_in, run_suite
+from s2attn.bench.selecting import select_suite
 from s2attn.bench.stacks import stack_suite
 from s2attn.bench.suites import attention_suite
 from s2attn.bench.tables import case_lines
 from s2attn.core import bad_value
 
-SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0}
+SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0, "select": 2.0}
 """The suites, and how a time limit is shared among them."""
-SIZES = ("full", "tiny")
+SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
+    "forward": attention_suite,
+    "backward": attention_suite,
+    "train": stack_suite,
+    "prefill": stack_suite,
+    "decode": decode_suite,
+    "inference": inference_suite,
+    "select": select_suite,
+}
+"""The cases of each, by its name and a size."""
+SMALL = ("decode", "select")
+"""Suites with cases that mean something on a CPU."""
+SIZES = ("full", "small", "tiny")
+EFFORTS = {"full": Effort(15, 3, 3.0), "small": Effort(9, 3, 3.0), "tiny": Effort(2, 1, 0.1)}
 STALL_S = 150.0
 GRACE_S = 15.0
 MOST_RESTARTS = 12
@@ -45,7 +59,7 @@ class Plan:
 
     Attributes:
         suites: of `SHARES`, in this order.
-        size: ``"full"`` for a graphics card, ``"tiny"`` for a first look on a CPU.
+        size: ``"full"`` for a graphics card, ``"small"`` for a CPU, ``"tiny"`` for a first look on one.
         peers: names; the device's usual ones when None.
         paths: of peers that lie elsewhere, by name.
         backend: of s2attn; Triton on a CUDA device and plain torch elsewhere when None.
@@ -75,6 +89,8 @@ class Plan:
             raise bad_value("suites", f"must be some of {', '.join(SHARES)}", "none")
         if self.size not in SIZES:
             raise bad_value("size", f"must be one of {', '.join(SIZES)}", repr(self.size))
+        if self.size == "small" and not set(self.suites) <= set(SMALL):
+            raise bad_value("size", f"may be small for {', '.join(SMALL)} alone", f"it for {', '.join(self.suites)}")
         if not self.limit_s > 0:
             raise bad_value("limit", "must be a positive number of seconds", self.limit_s)
         for peer in self.peers or ():
@@ -85,10 +101,9 @@ class Plan:
         """The record of a suite."""
         return Path(self.out) / f"{suite}.json"
 
-    def suite(self, name: str) -> Sequence[AttentionCase | StackCase]:
+    def suite(self, name: str) -> Sequence[AnyCase]:
         """The cases of a suite."""
-        cases = attention_suite(name, self.size) if name in ("forward", "backward") else stack_suite(name, self.size)
-        return [case for case in cases if self.cases in case.name]
+        return [case for case in SUITES[name](name, self.size) if self.cases in case.name]
 
     def names(self, device: str) -> tuple[str, ...]:
         """Who takes part; peers that are known by a path only come last."""
@@ -147,12 +162,12 @@ def work(plan: Plan, state: Path | None = None, crashes: Sequence[Row] = ()) -> 
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if plan.size == "full" and device == "cpu":
-        raise bad_value("size", "must be tiny where there is no CUDA device", plan.size)
+        raise bad_value("size", "must be small or tiny where there is no CUDA device", plan.size)
     began, records = time.perf_counter(), []
     facts = host_facts(device, plan.commit)
     paths = {name: Path(path) for name, path in plan.paths.items()}
     peers = make_peers(plan.names(device), device, backend=plan.backend, paths=paths)
-    effort = Effort(rounds=15, min_rounds=3, budget_s=3.0) if plan.size == "full" else Effort(rounds=2, min_rounds=1, budget_s=0.1)
+    effort = EFFORTS[plan.size]
     for i, suite in enumerate(plan.suites):
         earlier = read_record(plan.path(suite)) if plan.path(suite).exists() else None
         if earlier is not None and earlier["complete"]:

@@ -14,9 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from s2attn.core import bad_value, check_block, check_int
 from s2attn.patterns import Recipe
 
-STACK_OPS = ("train", "prefill")
+STACK_OPS = ("train", "prefill", "inference")
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """out ``(B, T, H, D)`` of a layer's number, q ``(B, T, H, D)`` and k, v ``(B, S, G, D)``: queries sit at the end of the keys."""
+Step = Callable[[int, int, Tensor, Tensor, Tensor], Tensor]
+"""out ``(B, T, H, D)`` of a layer's number, the position of the first new token, and q, k, v of the new tokens ``(B, T, heads, D)``: the
+keys and values are kept behind those that came before, and the queries attend over all of them."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,14 @@ class StackCase:
         check_block("block", self.block)
 
     @property
+    def room(self) -> int:
+        """Tokens that a sequence has in the end."""
+        return self.seqlen
+
+    @property
     def chunks(self) -> list[tuple[int, int]]:
         """(first token, last token + 1) of every step: all at once in training."""
-        size = self.chunk if self.op == "prefill" else self.seqlen
+        size = self.seqlen if self.op == "train" else self.chunk
         return [(start, min(start + size, self.seqlen)) for start in range(0, self.seqlen, size)]
 
     def facts(self) -> dict[str, Any]:
@@ -69,7 +77,7 @@ class StackCase:
         said = (
             f"measured on {self.layers} layers of a model of {self.model_layers}, without embedding, head and optimiser; not extrapolated"
         )
-        return {**found, "batch": 1, **({"chunk": self.chunk} if self.op == "prefill" else {}), "measured": said}
+        return {**found, "batch": 1, **({} if self.op == "train" else {"chunk": self.chunk}), "measured": said}
 
 
 class Layer(nn.Module):
@@ -117,36 +125,40 @@ class Stack(nn.Module):
         return list(torch.autograd.grad(x, list(self.parameters()), dout))
 
     @torch.no_grad()
-    def prefill(self, x: Tensor, cache: Tensor, attend: Attention) -> Tensor:
-        """The output of the last chunk; ``cache`` is ``(layers, 2, B, S, G, D)`` and is filled chunk by chunk."""
+    def advance(self, x: Tensor, start: int, step: Step) -> Tensor:
+        """The output for new tokens ``x (B, T, width)`` at positions from ``start`` on."""
+        rotation = self.rotation(start, start + x.shape[1])
+        for number, layer in enumerate(self.layers):
+            own = lambda q, k, v, number=number: step(number, start, q, k, v)  # noqa: E731
+            x = layer(x, rotation, own)
+        return x
+
+    def prefill(self, x: Tensor, step: Step) -> Tensor:
+        """The output of the last chunk of ``x (B, S, width)``."""
         out = x
         for start, end in self.case.chunks:
-            out, rotation = x[:, start:end], self.rotation(start, end)
-            for number, layer in enumerate(self.layers):
-                out = layer(out, rotation, Cached(cache[number], start, end, number, attend))
+            out = self.advance(x[:, start:end], start, step)
         return out
 
 
 @dataclass(frozen=True)
-class Cached:
-    """Attention of one layer and chunk: writes the new keys and values behind the known ones, and reads all of them."""
+class Contiguous:
+    """A `Step` over keys and values one after another: ``cache`` is ``(layers, 2, B, S, G, D)``, and is filled as tokens come."""
 
     cache: Tensor
-    start: int
-    end: int
-    layer: int
     attend: Attention
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache
-        keys[:, self.start : self.end], values[:, self.start : self.end] = k, v
-        return self.attend(self.layer, q, keys[:, : self.end], values[:, : self.end])
+    def __call__(self, layer: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache[layer]
+        end = start + k.shape[1]
+        keys[:, start:end], values[:, start:end] = k, v
+        return self.attend(layer, q, keys[:, :end], values[:, :end])
 
 
 def rotations(case: StackCase, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``(S, 1, D / 2)`` of the rotary angles."""
     frequencies = case.base ** (-torch.arange(0, case.head_dim, 2, device=device, dtype=torch.float32) / case.head_dim)
-    angles = torch.arange(case.seqlen, device=device, dtype=torch.float32)[:, None, None] * frequencies
+    angles = torch.arange(case.room, device=device, dtype=torch.float32)[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

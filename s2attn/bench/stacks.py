@@ -1,10 +1,15 @@
-"""The suites `train` and `prefill`: a layer stack with a recipe against the same stack with dense attention, in turn, in one run."""
+"""The suites `train` and `prefill`: a layer stack with a recipe against the same stack with dense attention, in turn, in one run.
+
+Prefill over pages is one more way to attend in `prefill` and no suite of its own: its time says something only beside the contiguous stack,
+with the same weights, the same chunks, and in the same turns.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2attn.bench.cases import AttentionCase
-from s2attn.bench.clock import Call, Meter, time_in_turn
-from s2attn.bench.compare import Error, Inputs, Oracle, sample_rows
+from s2attn.bench.clock import Call, Meter
+from s2attn.bench.compare import Error, Inputs, Oracle, sample_rows, worst_of
 from s2attn.bench.journal import Journal, Row
-from s2attn.bench.rows import Effort, compared, one_line, refuse_wrong, still_there
-from s2attn.bench.stack import Stack, StackCase
+from s2attn.bench.paged import unchecked
+from s2attn.bench.peers import sdpa_context
+from s2attn.bench.rows import Effort, compared, refuse_wrong
+from s2attn.bench.stack import Contiguous, Stack, StackCase, Step
+from s2attn.bench.turns import Ready, Turns, error_facts
 from s2attn.layout import HeadRange, Layout, build_layout, layout_heads
 from s2attn.ops import attention
+from s2attn.ops.decode import decode
+from s2attn.ops.store import store_kv
 from s2attn.patterns import Dense, Head, Local, Pattern, Recipe, Stride
 
-FLASH, CUDNN, SDPA = "flash", "cudnn", "sdpa"
+OURS, PAGED, FLASH, CUDNN, SDPA = "s2attn", "s2attn-paged", "flash", "cudnn", "sdpa"
 KINDS = {FLASH: "FLASH_ATTENTION", CUDNN: "CUDNN_ATTENTION", SDPA: None}
 
 
@@ -48,6 +58,7 @@ def stack_suite(op: str, size: str = "full") -> list[StackCase]:
         StackCase("prefill 7B, 128k, no dense layer", "prefill", Recipe(wide), 131072, **seven),
         StackCase("prefill 8B, 128k", "prefill", Recipe(narrow, dense_every=8), 131072, **grouped),
         StackCase("prefill 8B, 32k", "prefill", Recipe(narrow, dense_every=8), 32768, **grouped),
+        StackCase("prefill 8B, 32k, chunks of 2k", "prefill", Recipe(narrow, dense_every=8), 32768, **grouped, chunk=2048),
     ]
 
 
@@ -70,6 +81,10 @@ class StackPeer(ABC):
     def pattern(self, layer: int) -> Pattern:
         """What the peer computes in a layer."""
 
+    def open(self, cache: Tensor) -> Step:
+        """A way to take the tokens of new sequences chunk by chunk; ``cache`` is as in `Contiguous`, and need not be used."""
+        return Contiguous(cache, self.attend)
+
 
 class Ours(StackPeer):
     """The recipe through this library; every layer's and chunk's layout is built once, before anything is timed."""
@@ -77,7 +92,7 @@ class Ours(StackPeer):
     dense = False
 
     def __init__(self, case: StackCase, device: str, backend: str | None):
-        super().__init__("s2attn")
+        super().__init__(OURS)
         self.case, self.backend = case, backend or ("triton" if device == "cuda" else "portable")
         self.facts = {"backend": self.backend}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -111,6 +126,31 @@ class Ours(StackPeer):
         return attention(q, k, v, self._layouts[self._keys[layer], q.shape[1], k.shape[1]], backend=self.backend)
 
 
+class PagedStack(Ours):
+    """The recipe through `s2attn.decode` over pages in random order, into which every chunk is stored first."""
+
+    def __init__(self, case: StackCase, device: str, backend: str | None, seed: int = 0):
+        super().__init__(case, device, backend)
+        self.name = PAGED
+        count = -(-case.seqlen // case.block)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        self.table = order.int()[None].to(device)
+        self.slots = (order[:, None] * case.block + torch.arange(case.block)).flatten()[: case.seqlen].to(device)
+        self.lengths = {end: torch.tensor([end], dtype=torch.int32, device=device) for _, end in case.chunks}
+        shape = (case.layers, 2, count, case.block, case.kv_heads, case.head_dim)
+        self.pages = torch.zeros(shape, dtype=getattr(torch, case.dtype), device=device)
+        self.facts = {**self.facts, "page_size": case.block}
+
+    def open(self, cache: Tensor) -> Step:
+        return self.step
+
+    def step(self, layer: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        end, (k_pages, v_pages) = start + k.shape[1], self.pages[layer]
+        store_kv(k[0], v[0], k_pages, v_pages, self.slots[start:end], **unchecked(store_kv))
+        where: dict[str, Any] = {"block_table": self.table, "seq_lens": self.lengths[end], "layer": layer, "backend": self.backend}
+        return decode(q, k_pages, v_pages, self.pattern(layer), **where, **unchecked(decode))
+
+
 class DenseStack(StackPeer):
     """torch's dense attention in every layer, forced to one kind or chosen by torch."""
 
@@ -123,24 +163,17 @@ class DenseStack(StackPeer):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        more: dict[str, Any] = {"is_causal": True}
-        if q.shape[2] != k.shape[2]:
+        more: dict[str, Any] = {"is_causal": q.shape[2] > 1}
+        if 1 < q.shape[2] != k.shape[2]:
             from torch.nn.attention.bias import causal_lower_right
 
             more = {"attn_mask": causal_lower_right(q.shape[2], k.shape[2])}
-        with self._forced():
+        with sdpa_context(self.kind):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped, **more).transpose(1, 2)
-
-    def _forced(self) -> Any:
-        if self.kind is None:
-            return nullcontext()
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        return sdpa_kernel(getattr(SDPBackend, self.kind))
 
 
 class Measuring:
-    """One case on one device: the stack, its inputs, and what was found out about each way to attend."""
+    """One case on one device: the stack, its inputs, and the ways to attend."""
 
     def __init__(self, case: StackCase, meter: Meter, seed: int, backend: str | None):
         self.case, self.meter, self.seed, self.backend = case, meter, seed, backend
@@ -151,57 +184,75 @@ class Measuring:
         self.x, self.dout = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
         shape = (case.layers, 2, 1, case.seqlen, case.kv_heads, case.head_dim)
         self.cache = torch.empty(shape, device=device, dtype=dtype) if case.op == "prefill" else self.x.new_empty(0)
-        self.peers: dict[str, StackPeer] = {}
-        self.facts: dict[str, Row] = {}
+
+    def peer(self, name: str) -> StackPeer:
+        case, device = self.case, self.meter.device
+        if name == OURS:
+            return Ours(case, device, self.backend)
+        return PagedStack(case, device, self.backend, self.seed) if name == PAGED else DenseStack(name, case.heads != case.kv_heads)
 
     def call(self, peer: StackPeer) -> Call:
         if self.case.op == "train":
             return lambda: self.stack.train_step(self.x, self.dout, peer.attend)
-        return lambda: self.stack.prefill(self.x, self.cache, peer.attend)
+        step = peer.open(self.cache)
+        return lambda: self.stack.prefill(self.x, step)
 
-    def enter(self, name: str) -> None:
+    def ready(self, name: str) -> Ready:
         """Prepare a way to attend, check it, and run a step of it, of which the memory is measured."""
-        case, meter = self.case, self.meter
-        peer = Ours(case, meter.device, self.backend) if name == "s2attn" else DenseStack(name, case.heads != case.kv_heads)
+        meter, peer = self.meter, self.peer(name)
         error = self.check(peer)
         refuse_wrong(error)
         meter.tidy()
-        held = meter.allocated_bytes()
-        rise = meter.peak_bytes(self.call(peer))
+        held, call = meter.allocated_bytes(), self.call(peer)
+        rise = meter.peak_bytes(call)
         total = None if held is None or rise is None else held + rise
         facts = {"dense": peer.dense, "density": peer.density, "metadata_s": peer.metadata_s, "peak_bytes": rise, "total_peak_bytes": total}
-        self.facts[name] = {**facts, "error": error.error, "error_bound": error.bound, **peer.facts}
-        self.peers[name] = peer
+        speed = lambda timing: {"tokens_per_s": self.case.seqlen / timing.median_s}  # noqa: E731
+        return Ready(call, {**facts, **error_facts(error), **peer.facts}, graph=False, worth=speed)
 
     def check(self, peer: StackPeer) -> Error:
         """The attention of every kind of layer against float64, in a prefill that of the last chunk; the worst of them."""
-        case = self.case
-        layers = {peer.pattern(layer).at(Head(0, case.heads, case.kv_heads, layer)): layer for layer in reversed(range(case.layers))}
-        found = [self._check_layer(peer, layer) for layer in layers.values()]
-        return max(found, key=lambda error: error.error / error.bound if error.error == error.error else float("inf"))
+        return worst_of([self._check_layer(peer, layer) for layer in kinds_of(self.case, peer.pattern)])
 
     def _check_layer(self, peer: StackPeer, layer: int) -> Error:
-        case, (start, end) = self.case, self.case.chunks[-1]
-        op = "forward_backward" if case.op == "train" else "forward"
-        shape = (case.heads, case.kv_heads, case.head_dim, 1, case.block, case.dtype)
-        one = AttentionCase(case.name, op, peer.pattern(layer), end, *shape)
-        inputs = Inputs.of(one, self.seed, self.meter.device)
-        oracle = Oracle(one, inputs, sample_rows(end, first=start), layer=layer)
-        q, k, v = (x.clone().requires_grad_(one.backward) for x in (inputs.q[:, start:end], inputs.k, inputs.v))
-        with torch.set_grad_enabled(one.backward):
+        if self.case.op == "prefill":
+            return check_chunks(self.case, peer.pattern(layer), layer, peer.open(self.cache), self.meter.device, self.seed)
+        one, inputs = check_inputs(self.case, "forward_backward", peer.pattern(layer), self.case.seqlen, self.meter.device, self.seed)
+        oracle = Oracle(one, inputs, layer=layer)
+        q, k, v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        with torch.enable_grad():
             out = peer.attend(layer, q, k, v)
-        results = [torch.zeros_like(inputs.q)]
-        results[0][:, start:end] = out.detach()
-        if one.backward:
-            results += torch.autograd.grad(out, (q, k, v), oracle.dout())
-        return oracle.check(one.pattern, results)
+        return oracle.check(one.pattern, [out.detach(), *torch.autograd.grad(out, (q, k, v), oracle.dout())])
+
+
+def kinds_of(case: StackCase, pattern: Callable[[int], Pattern]) -> list[int]:
+    """The first layer of each kind."""
+    return list({pattern(n).at(Head(0, case.heads, case.kv_heads, n)): n for n in reversed(range(case.layers))}.values())
+
+
+def check_inputs(case: StackCase, op: str, pattern: Pattern, seqlen: int, device: str, seed: int) -> tuple[AttentionCase, Inputs]:
+    """One layer's attention as a case of its own, and random inputs for it."""
+    one = AttentionCase(case.name, op, pattern, seqlen, case.heads, case.kv_heads, case.head_dim, 1, case.block, case.dtype)
+    return one, Inputs.of(one, seed, device)
+
+
+def check_chunks(case: StackCase, pattern: Pattern, layer: int, step: Step, device: str, seed: int) -> Error:
+    """A layer's attention chunk by chunk, and token by token behind the last chunk, against float64 from the last chunk on."""
+    chunks = [*case.chunks, *((at, at + 1) for at in range(case.seqlen, case.room))]
+    one, inputs = check_inputs(case, "forward", pattern, case.room, device, seed)
+    out, (first, _) = torch.zeros_like(inputs.q), case.chunks[-1]
+    with torch.no_grad():
+        for start, end in chunks:
+            out[:, start:end] = step(layer, start, *(x[:, start:end] for x in (inputs.q, inputs.k, inputs.v)))
+    return Oracle(one, inputs, sample_rows(case.room, first=first), layer=layer).check(pattern, [out])
 
 
 def stack_peers(case: StackCase, device: str) -> list[str]:
     """Who takes part: on a graphics card FlashAttention-2, in training cuDNN as well; elsewhere what torch chooses."""
+    ours = [OURS, PAGED] if case.op == "prefill" else [OURS]
     if device != "cuda":
-        return ["s2attn", SDPA]
-    return ["s2attn", FLASH, CUDNN] if case.op == "train" else ["s2attn", FLASH]
+        return [*ours, SDPA]
+    return [*ours, FLASH, CUDNN] if case.op == "train" else [*ours, FLASH]
 
 
 def run_stack_case(
@@ -215,34 +266,10 @@ def run_stack_case(
     deadline: float = float("inf"),
 ) -> list[Row]:
     """One row per way to attend: tokens per second and peak memory behind a passed check, or the reason why there are none."""
-    meter, journal = meter or Meter(), journal or Journal()
-    run, missing = Measuring(case, meter, seed, backend), dict[str, tuple[str, str]]()
+    meter = meter or Meter()
+    turns, run = Turns(case.name, meter, journal or Journal(), deadline), Measuring(case, meter, seed, backend)
     names = stack_peers(case, meter.device)
     for name in names:
-        crash = journal.crash_of(case.name, name)
-        if crash is not None:
-            missing[name] = ("failed", crash)
-        elif time.perf_counter() > deadline:
-            missing[name] = ("skipped", "the time for all timings was over")
-        else:
-            journal.mark(case.name, name)
-            try:
-                run.enter(name)
-            except Exception as error:  # one that breaks must not take the others' numbers with it
-                missing[name] = ("failed", one_line(error))
-            if name in missing:
-                still_there(meter, journal, case.name, name, missing[name][1])
-                meter.tidy()
-    journal.mark(case.name, "")
-    calls = {name: run.call(peer) for name, peer in run.peers.items()}
-    rounds, least = effort.rounds, min(2, effort.min_rounds)
-    timings = time_in_turn(calls, rounds=rounds, min_rounds=least, budget_s=effort.budget_s, measure=meter.seconds)
-    rows: list[Row] = []
-    for name in names:
-        facts: Row = {**case.facts(), "peer": name}
-        if name in missing:
-            rows.append({**facts, "status": missing[name][0], "why": missing[name][1]})
-        else:
-            speed = {"tokens_per_s": case.seqlen / timings[name].median_s}
-            rows.append({**facts, "status": "ok", **run.facts[name], **speed, **timings[name].facts()})
-    return compared(rows)
+        turns.enter(name, lambda name=name: run.ready(name))
+    timings = turns.time(replace(effort, min_rounds=min(2, effort.min_rounds)))
+    return compared(turns.rows(names, case.facts(), timings))

@@ -86,7 +86,17 @@ def head_of(record: Mapping[str, Any]) -> str:
 def record_text(record: Mapping[str, Any]) -> str:
     """A record as text: what it ran on, the table, and what is missing."""
     more = [f"without a number: {reason}" for reason in reasons(record["rows"])] + [f"note: {note}" for note in notes(record["rows"])]
-    return "\n".join([head_of(record), plain(short_table(record["rows"])), *more])
+    return "\n".join([head_of(record), *(plain(table) for table in tables_of(record["rows"])), *more])
+
+
+def tables_of(rows: Sequence[Row]) -> list[Lines]:
+    """A table for each kind of op that has columns of its own, behind one for all others."""
+    from s2attn.bench.serving_tables import TABLES
+
+    own = {op: [row for row in rows if row["op"] == op] for op in TABLES}
+    rest = [row for row in rows if row["op"] not in TABLES]
+    made = [short_table(rest)] if rest or not rows else []
+    return [*made, *(TABLES[op](found) for op, found in own.items() if found)]
 
 
 def plain(lines: Sequence[Sequence[str]]) -> str:
@@ -143,6 +153,8 @@ def case_lines(rows: Sequence[Row]) -> str:
             parts.append(f"{row['effective_gflops'] / 1e3:.4g} TFLOP/s of {100 * row['density']:.1f} %")
         if "tokens_per_s" in row:
             parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+        if "share_of_copy" in row:
+            parts.append(f"{row['gbps']:.4g} GB/s, {100 * row['share_of_copy']:.0f} % of a copy")
         if "efficiency" in row:
             parts.append(f"efficiency {row['efficiency']:.2f} over {row['dense_peer']}")
         parts.append(f"error {row['error']:.1e} of {row['error_bound']:.1e}" if "error" in row else "")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,15 @@ GONE = -1
 
 
 class CacheFull(RuntimeError):
-    """There are not enough free pages for new tokens. Nothing was changed: free a sequence or trim, and append the same tokens again."""
+    """There are not enough free pages for new tokens. Nothing was changed: free a sequence or trim, and append the same tokens again.
+
+    Attributes:
+        texts: where it ended `s2attn.generate` or `s2attn.stream`, what was written so far; empty elsewhere.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.texts: list[Any] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +53,21 @@ class Ledger:
         page_size: tokens per page.
         num_pages: pages in the pool, shared by all layers and heads.
         max_tokens: the longest sequence, for which ``needs`` holds.
+        hold: so many of the last tokens of a sequence can be taken back: what queries at their positions read is kept.
+
+    Attributes:
+        most_pages: the most pages that were ever in use.
 
     Invariants:
         P1  a page is free, or as many tables hold it as its count of references says, each once
-        P2  a table holds a page wherever it has tokens that a query at its length or later reads
+        P2  a table holds a page wherever it has tokens that a query at its length or later reads, or one of the ``hold`` queries before
         P3  tokens are only written to pages of one owner
     """
 
-    def __init__(self, needs: Array, *, page_size: int, num_pages: int, max_tokens: int) -> None:
-        self.needs, self.page_size, self.num_pages, self.max_tokens = needs, page_size, num_pages, max_tokens
+    def __init__(self, needs: Array, *, page_size: int, num_pages: int, max_tokens: int, hold: int = 0) -> None:
+        self.needs, self.page_size, self.num_pages, self.max_tokens, self.hold = needs, page_size, num_pages, max_tokens, hold
         self.references = np.zeros(num_pages, dtype=np.int32)
+        self.most_pages = 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
@@ -73,9 +87,7 @@ class Ledger:
 
     def fork(self, sequence: int) -> int:
         """A new sequence that begins with all tokens of another one; both share its pages until one of them writes to the last."""
-        mine = self._get(sequence)
-        if (mine.lengths != mine.lengths[0]).any():
-            raise bad_value("sequence", "must have the same length in all layers to be forked", mine.lengths.tolist())
+        mine = self._level(sequence, "be forked")
         self.references[mine.table[mine.table != GONE]] += 1
         return self._enter(_Sequence(mine.table.copy(), mine.lengths.copy()))
 
@@ -89,29 +101,38 @@ class Ledger:
         return int(self._get(sequence).lengths[self._layer(layer)])
 
     def trim(self, sequence: int, layer: int | None = None) -> None:
-        """Give back the pages that no query at the sequence's length or later reads."""
+        """Give back the pages that no query at the sequence's length or later reads, nor one of the ``hold`` queries before."""
         mine = self._get(sequence)
         for one in range(len(mine.lengths)) if layer is None else [self._layer(layer)]:
             table = mine.table[one]
-            dead = (table != GONE) & (self.needs[one, :, : table.shape[1]] < mine.lengths[one])
+            dead = (table != GONE) & (self.needs[one, :, : table.shape[1]] < mine.lengths[one] - self.hold)
             self._release(table[dead])
             table[dead] = GONE
 
     def reserve(self, layer: int, tokens: Sequence[tuple[int, int]]) -> list[Room]:
         """Room for so many new tokens of each (sequence, tokens), for all of them or, with `CacheFull`, for none."""
-        layer = self._layer(layer)
+        return self._reserve([self._layer(layer)], tokens)[0]
+
+    def reserve_step(self, tokens: Sequence[tuple[int, int]]) -> list[list[Room]]:
+        """Room in all layers, ``[layer][sequence]``, or in none; every sequence must have the same length in all layers."""
+        for sequence, _ in tokens:
+            self._level(sequence, "take a step")
+        return self._reserve(range(len(self.needs)), tokens)
+
+    def _reserve(self, layers: Sequence[int], tokens: Sequence[tuple[int, int]]) -> list[list[Room]]:
         if len({sequence for sequence, _ in tokens}) < len(tokens):
             raise bad_value("sequences", "must not repeat", [sequence for sequence, _ in tokens])
         for sequence, count in tokens:
-            end = self.length(sequence, layer) + count
+            end = self.length(sequence, layers[0]) + count
             if end > self.max_tokens:
                 raise bad_value("tokens", f"must not make sequence {sequence} longer than max_tokens ({self.max_tokens})", end)
         for sequence, _ in tokens:
-            self.trim(sequence, layer)
-        needed = self._needed(layer, tokens)
+            for layer in layers:
+                self.trim(sequence, layer)
+        needed = sum(self._needed(layer, tokens) for layer in layers)
         if needed > len(self._free):
             raise CacheFull(f"the cache is full: {needed} new pages are needed, {len(self._free)} of {self.num_pages} are free")
-        return [self._extend(self._sequences[sequence], layer, count) for sequence, count in tokens]
+        return [[self._extend(self._sequences[sequence], layer, count) for sequence, count in tokens] for layer in layers]
 
     def retract(self, layer: int, lengths: Sequence[tuple[int, int]]) -> None:
         """Undo what was reserved since each (sequence, length) had that length, if nothing was trimmed in between."""
@@ -121,6 +142,45 @@ class Ledger:
             self._release(later)
             later[:] = GONE
             mine.lengths[layer] = length
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """Take the last tokens of a sequence back, in all layers; pages that hold nothing else return to the pool."""
+        mine = self._level(sequence, "be rolled back")
+        length = int(mine.lengths[0])
+        begun = -(-length // self.page_size)
+        gone = mine.table[:, :, :begun] == GONE
+        # A page that was given back is missed by any sequence that is not longer than its last reader.
+        most = length - max(0, int(np.max(self.needs[:, :, :begun] + 1, where=gone, initial=0)))
+        if check_int("tokens", tokens, 0) > most:
+            rule = f"must be at most {most}, since keys which sequence {sequence} read before have been given back; hold= keeps them"
+            raise bad_value("tokens", rule if most < length else f"must be at most {length}, the length of sequence {sequence}", tokens)
+        for layer in range(len(mine.lengths)):
+            self.retract(layer, [(sequence, length - tokens)])
+
+    def books(self, sequence: int) -> tuple[Array, Array]:
+        """What :meth:`restore` needs: pages ``(layers, kv_heads, pages)`` and lengths ``(layers,)``."""
+        mine = self._get(sequence)
+        return mine.table[:, :, : -(-int(mine.lengths.max()) // self.page_size)], mine.lengths
+
+    def restore(self, sequences: Mapping[int, tuple[Array, Array]], pages: int) -> None:
+        """Take over the :meth:`books` of sequences that use the first ``pages`` pages; for a ledger without sequences."""
+        for sequence, (table, lengths) in sequences.items():
+            check_int("sequence", sequence, 0)
+            if lengths.shape != (len(self.needs),) or not (lengths >= 0).all() or not (lengths <= self.max_tokens).all():
+                raise bad_value("lengths", f"must be {len(self.needs)} numbers up to max_tokens ({self.max_tokens})", lengths.tolist())
+            expected = (*self.needs.shape[:2], -(-int(lengths.max()) // self.page_size))
+            if table.shape != expected or not (table >= GONE).all() or not (table < pages).all():
+                raise bad_value("table", f"must have shape {expected} and name pages below {pages}", table.shape)
+            held = table[table != GONE]
+            begun = np.arange(expected[2]) * self.page_size < lengths[:, None, None]
+            needed = begun & (self.needs[:, :, : expected[2]] >= lengths[:, None, None])
+            if len(np.unique(held)) < len(held) or (needed & (table == GONE)).any() or (~begun & (table != GONE)).any():
+                raise bad_value("table", "must name the pages that later queries read, and each page once", f"others for {sequence}")
+            self._sequences[sequence] = _Sequence(table.copy(), lengths.copy())
+            self.references[held] += 1
+        self._free = [page for page in range(self.num_pages - 1, -1, -1) if not self.references[page]]
+        self._next = max([-1, *self._sequences]) + 1
+        self.most_pages = self.used_pages
 
     def table(self, sequence: int, layer: int) -> Array:
         """Pages ``(kv_heads, pages)`` of one layer, -1 where there is none."""
@@ -177,6 +237,7 @@ class Ledger:
         pages = np.array(self._free[at:][::-1], dtype=np.int32)
         del self._free[at:]
         self.references[pages] = 1
+        self.most_pages = max(self.most_pages, self.used_pages)
         return pages
 
     def _release(self, pages: Array) -> None:
@@ -193,6 +254,12 @@ class Ledger:
         if sequence not in self._sequences:
             raise bad_value("sequence", "must be one that is open in this cache", sequence)
         return self._sequences[sequence]
+
+    def _level(self, sequence: int, what: str) -> _Sequence:
+        mine = self._get(sequence)
+        if (mine.lengths != mine.lengths[0]).any():
+            raise bad_value("sequence", f"must have the same length in all layers to {what}", mine.lengths.tolist())
+        return mine
 
     def _layer(self, layer: int) -> int:
         if check_int("layer", layer, 0) >= len(self.needs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from s2attn.core import BLOCKS, check_int
-from s2attn.layout import HeadRange, last_readers, layout_heads
+from s2attn.layout import HeadRange, build_layout, last_readers, layout_heads
 from s2attn.patterns import Pattern, Recipe
 from s2attn.patterns.runs import Array
 
@@ -37,6 +37,18 @@ def page_needs(pattern: Pattern | Recipe, heads: HeadRange, num_kv_heads: int, n
     return needs
 
 
+def pages_read(pattern: Pattern, heads: HeadRange, num_kv_heads: int, layer: int, position: int, page_size: int) -> Array:
+    """Which pages ``(num_kv_heads, pages)`` the query at ``position`` reads of what stands at or before it."""
+    shape = (heads.end - heads.start, num_kv_heads, 1, position + 1)
+    layout = build_layout(pattern, *shape, block=16, layer=layer, heads=heads)
+    listed = np.zeros((num_kv_heads, position // page_size + 1), dtype=bool)
+    for head in range(layout.heads):
+        full, partial = layout.rows.line(head, 0)
+        blocks = np.array([*full, *(block for block, _ in partial)], dtype=np.int64)
+        listed[head * num_kv_heads // layout.heads, blocks * 16 // page_size] = True
+    return listed
+
+
 def pages_needed(
     pattern: Pattern | Recipe,
     *,
@@ -47,6 +59,7 @@ def pages_needed(
     num_heads: int | None = None,
     page_size: int = 64,
     heads: HeadRange | None = None,
+    hold: int = 0,
 ) -> int:
     """Pages that let a `SparseCache` take one sequence to so many tokens, in steps of any lengths up to ``chunk``.
 
@@ -58,11 +71,13 @@ def pages_needed(
     """
     check_int("tokens", tokens, 1)
     check_int("chunk", chunk, 1)
+    check_int("hold", hold, 0)
     query_heads = num_kv_heads if num_heads is None else num_heads
     everyone = heads or HeadRange(0, query_heads, query_heads, num_kv_heads)
     needs = page_needs(pattern, everyone, num_kv_heads, num_layers, tokens, page_size)
-    # A step that begins at b holds the pages that begin before b + chunk and have a reader at b or later.
+    # A step that begins at b holds the pages that begin before b + chunk and have a reader at b - hold or later.
     first = np.broadcast_to(np.maximum(np.arange(needs.shape[2]) * page_size - chunk + 1, 0), needs.shape)
-    read = needs >= first
-    change = np.bincount(first[read], minlength=tokens + 1) - np.bincount(needs[read] + 1, minlength=tokens + 1)
+    last = np.minimum(needs + hold, tokens - 1)
+    read = (needs >= 0) & (last >= first)
+    change = np.bincount(first[read], minlength=tokens + 1) - np.bincount(last[read] + 1, minlength=tokens + 1)
     return max(1, int(change.cumsum().max()))

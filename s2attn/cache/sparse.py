@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,17 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.checks import FLOATS
+from s2attn.cache import saved
+from s2attn.cache.checks import check_new
 from s2attn.cache.ledger import GONE, Ledger, Room
-from s2attn.cache.needs import page_needs, pattern_of
+from s2attn.cache.needs import page_needs, pages_needed, pages_read, pattern_of
+from s2attn.cache.paged_step import PagedStep
+from s2attn.cache.probe import cache_shape
 from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, build_layout, read_cu_seqlens
+from s2attn.layout import HeadRange, read_cu_seqlens
+from s2attn.ops.cascade import decode_cascade
 from s2attn.ops.decode import decode
+from s2attn.ops.step import taking
 from s2attn.ops.store import store_kv
 from s2attn.patterns import Pattern, Recipe
 
@@ -36,6 +44,7 @@ class SparseCache:
         num_heads: query heads H (G by default); it matters for patterns that tell query heads apart.
         page_size: tokens per page, a multiple of 16; the pattern's own block wastes nothing.
         heads: the global heads that these are, under tensor parallelism.
+        hold: so many of a sequence's last tokens can always be taken back with :meth:`rollback`; what they read is kept longer.
         dtype, device: of the pages.
 
     >>> from s2attn import Sink, Window
@@ -61,6 +70,7 @@ class SparseCache:
         num_heads: int | None = None,
         page_size: int = 64,
         heads: HeadRange | None = None,
+        hold: int = 0,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -78,42 +88,166 @@ class SparseCache:
         if check_int("page_size", page_size, 16) % 16:
             raise bad_value("page_size", "must be a multiple of 16", page_size)
         self.heads, self.page_size = heads, page_size
-        check_int("max_tokens", max_tokens, 1)
-        check_int("num_pages", num_pages, 1)
+        self.max_tokens, self.num_pages = check_int("max_tokens", max_tokens, 1), check_int("num_pages", num_pages, 1)
+        self.hold = check_int("hold", hold, 0)
         width, v_width = check_int("head_dim", head_dim, 1), head_dim if v_dim is None else check_int("v_dim", v_dim, 1)
-        everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
-        needs = page_needs(pattern, everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
-        self.ledger = Ledger(needs, page_size=page_size, num_pages=num_pages, max_tokens=max_tokens)
+        self._everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
+        needs = page_needs(pattern, self._everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
+        self.ledger = Ledger(needs, page_size=page_size, num_pages=num_pages, max_tokens=max_tokens, hold=hold)
+        self.texts: dict[int, list[int]] = {}
         self._k, self._v = (torch.zeros(num_pages, page_size, 1, w, dtype=dtype, device=device) for w in (width, v_width))
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Callable[[Tensor], Tensor],
+        *,
+        max_tokens: int,
+        sequences: int = 1,
+        chunk: int = 512,
+        num_pages: int | None = None,
+        page_size: int | None = None,
+        hold: int = 0,
+    ) -> SparseCache:
+        """A cache for a model whose attention is `SparseAttention`, which is run over one token to see its layers.
+
+        Args:
+            model: takes int64 tokens ``(B, T)``; its modules are numbered, ``layer=0`` and on.
+            max_tokens, sequences, chunk: room for so many sequences of so many tokens, which come up to ``chunk`` at a time.
+            num_pages: in the place of ``sequences`` and ``chunk``: so many pages.
+            page_size: the finest block of any layer by default.
+            hold: as of the class.
+        """
+        shape = cache_shape(model)
+        shape["page_size"] = shape["page_size"] if page_size is None else page_size
+        if num_pages is None:
+            asked = {name: shape[name] for name in ("pattern", "num_kv_heads", "num_heads", "num_layers", "page_size", "heads")}
+            num_pages = check_int("sequences", sequences, 1) * pages_needed(**asked, tokens=max_tokens, chunk=chunk, hold=hold)
+        return cls(**shape, num_pages=num_pages, max_tokens=max_tokens, hold=hold)
+
+    def save(self, path: Path | str) -> None:
+        """Write the cache into a file: its settings, its sequences with their numbers and tokens, and the pages that are in use."""
+        saved.save(self, path)
+
+    @classmethod
+    def load(cls, path: Path | str, *, num_pages: int | None = None, device: torch.device | str = "cpu") -> SparseCache:
+        """The cache that :meth:`save` wrote, whatever device it lay on; it goes on as if it had never been away.
+
+        Args:
+            num_pages: pages of the new pool, as many as there were by default.
+
+        Raises:
+            ValueError: a file of another kind, or one whose books do not fit together. Nothing but tensors, numbers and text is unpickled.
+        """
+        data = saved.read(path)
+        settings: Any = {**saved.settings_of(data), "device": device}
+        settings["num_pages"] = settings["num_pages"] if num_pages is None else num_pages
+        cache = cls(**settings)
+        saved.fill(cache, data)
+        return cache
 
     # sequences
 
     def open(self) -> int:
         """A new empty sequence; its number."""
-        return self.ledger.open()
+        sequence = self.ledger.open()
+        self.texts[sequence] = []
+        return sequence
 
     def fork(self, sequence: int) -> int:
         """A new sequence with all tokens of another one, at no cost: pages are shared, and copied when one of the two writes to them."""
-        return self.ledger.fork(sequence)
+        twin = self.ledger.fork(sequence)
+        self.texts[twin] = list(self.texts[sequence])
+        return twin
 
     def free(self, sequence: int) -> None:
         """Forget a sequence and give its pages back."""
         self.ledger.close(sequence)
+        del self.texts[sequence]
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """Take the last tokens of a sequence back, in all layers, as if they had never come: drafts that were not accepted.
+
+        Up to ``hold`` tokens, which every cache is made with, are always possible; more, as long as nothing has been given back that the
+        shorter sequence reads. Pages that forks share stay as they are for the others.
+
+        Raises:
+            ValueError: more tokens than that. Nothing was changed.
+        """
+        self.ledger.rollback(sequence, tokens)
+        text = self.texts[sequence]
+        del text[self.ledger.length(sequence) :]
 
     def length(self, sequence: int, layer: int = 0) -> int:
         """Tokens of a sequence that a layer has been given."""
         return self.ledger.length(sequence, layer)
 
+    def tokens(self, sequence: int) -> list[int]:
+        """The tokens of a sequence, which :meth:`step` was given."""
+        return list(self.text(sequence))
+
+    # a whole model
+
+    @contextmanager
+    def step(
+        self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None = None, *, cascade: bool = False
+    ) -> Iterator[PagedStep]:
+        """Run a model over new tokens inside the block: each `SparseAttention` in it stores, attends, and reads from this cache.
+
+        The model is called with ``tokens`` and no more; `s2attn.nn.positions` tells it where they stand. Room in all layers is taken
+        before the block, and what no later query reads is given back after it. When the block raises, the sequences are left as they were.
+
+        Args:
+            sequences: one for each row, all different.
+            tokens: ``(B, T)`` integers, which the cache remembers.
+            counts: how many tokens each row has; the rest of a row is padding, of any value, and changes nothing. T by default.
+            cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
+
+        Raises:
+            CacheFull: not enough free pages. Nothing was changed: make room and take the same step again.
+            ValueError, TypeError: arguments that do not fit; a sequence that would become longer than max_tokens, or that has been given
+                keys without tokens by :meth:`append`; a model that misses a layer or meets one twice.
+
+        >>> import s2attn
+        >>> layer = s2attn.SparseAttention(s2attn.Window(32), num_heads=4, num_kv_heads=2)
+        >>> shape = {"num_kv_heads": 2, "num_heads": 4, "head_dim": 8, "dtype": torch.float32}
+        >>> cache = s2attn.SparseCache(s2attn.Window(32), num_pages=8, max_tokens=100, **shape)
+        >>> sequence = cache.open()
+        >>> for tokens in torch.arange(100).split(40):
+        ...     with torch.no_grad(), cache.step([sequence], tokens[None]):
+        ...         out = layer(*(torch.randn(1, len(tokens), heads, 8) for heads in (4, 2, 2)))
+        >>> cache.length(sequence), out.shape
+        (100, torch.Size([1, 20, 4, 8]))
+        """
+        made = PagedStep(self, sequences, tokens, counts, cascade)
+        try:
+            with taking(made):
+                yield made
+            made.finish()
+        except BaseException:
+            made.undo()
+            raise
+
     # tokens
 
     def attend(
-        self, sequences: Sequence[int], layer: int, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor | None = None, **options: Any
+        self,
+        sequences: Sequence[int],
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cascade: bool = False,
+        **options: Any,
     ) -> Any:
         """Append new tokens, let their queries attend, and give back what no later query reads: one layer of a model in one call.
 
         Args:
             sequences: as many as the batch has, all different.
             q, k, v: ``(B, T, H, D)``, ``(B, T, G, D)``, ``(B, T, G, Dv)``; or packed, with ``cu_seqlens_q``.
+            cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
             options: scale, softcap, sinks, return_lse, backend of `s2attn.decode`.
 
         Raises:
@@ -126,7 +260,7 @@ class SparseCache:
         pattern = pattern_of(self.pattern, layer)
         where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
         try:
-            result = decode(q, self.k_pages, self.v_pages, pattern, **where, **options)
+            result = (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **where, **options)
         except Exception:  # whatever was wrong with the queries: the tokens do not stay either
             self.ledger.retract(layer, before)
             raise
@@ -141,7 +275,10 @@ class SparseCache:
         """
         counts = self._counts(sequences, k, v, cu_seqlens_q)
         rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
-        self._write(rooms, k.reshape(-1, 1, k.shape[-1]), v.reshape(-1, 1, v.shape[-1]))
+        self.copy_pages(rooms)
+        if rooms:
+            slots = torch.from_numpy(np.concatenate([room.slots.reshape(-1) for room in rooms])).to(self._k.device)
+            store_kv(k.detach().reshape(-1, 1, k.shape[-1]), v.detach().reshape(-1, 1, v.shape[-1]), *self.pools, slots)
 
     def trim(self, sequence: int, layer: int | None = None) -> None:
         """Give back the pages that no later query reads, of one layer or of all."""
@@ -150,13 +287,23 @@ class SparseCache:
     def tables(self, sequences: Sequence[int], layer: int) -> dict[str, Tensor]:
         """``block_table`` ``(B, G, max_pages)`` and ``seq_lens`` ``(B,)`` of a layer, as `s2attn.decode` takes them."""
         lengths = [self.ledger.length(sequence, layer) for sequence in sequences]
-        width = max([1, *(-(-length // self.page_size) for length in lengths)])
-        table = np.full((len(lengths), self.num_kv_heads, width), GONE, dtype=np.int32)
+        device = self._k.device
+        table = torch.from_numpy(self.table(sequences, layer)).to(device)
+        return {"block_table": table, "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device)}
+
+    def table(self, sequences: Sequence[int], layer: int) -> np.ndarray:
+        """Pages ``(B, G, max_pages)`` int32 of a layer, -1 where there is none."""
+        width = max([1, *(-(-self.ledger.length(sequence, layer) // self.page_size) for sequence in sequences)])
+        table = np.full((len(sequences), self.num_kv_heads, width), GONE, dtype=np.int32)
         for line, sequence in zip(table, sequences, strict=True):
             mine = self.ledger.table(sequence, layer)[:, :width]
             line[:, : mine.shape[1]] = mine
-        device = self._k.device
-        return {"block_table": torch.from_numpy(table).to(device), "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device)}
+        return table
+
+    @property
+    def pools(self) -> tuple[Tensor, Tensor]:
+        """The memory of keys and of values, ``(num_pages, page_size, 1, width)``."""
+        return self._k, self._v
 
     @property
     def k_pages(self) -> Tensor:
@@ -181,6 +328,11 @@ class SparseCache:
         return self.ledger.used_pages * self.page_bytes
 
     @property
+    def bytes_most(self) -> int:
+        """The most bytes that were ever in use."""
+        return self.ledger.most_pages * self.page_bytes
+
+    @property
     def bytes_dense(self) -> int:
         """What the same tokens take where every key is kept and nothing is shared."""
         tokens = sum(self.length(sequence, layer) for sequence in self.ledger.sequences for layer in range(self.num_layers))
@@ -188,46 +340,26 @@ class SparseCache:
 
     @property
     def bytes_waiting(self) -> int:
-        """Bytes of pages which the next query of their head does not read, though a later one may: 0 for KV-efficient patterns."""
+        """Bytes of pages which the next query of their head does not read, though a later one may: 0 for KV-efficient patterns,
+        unless tokens are held."""
         read, held = set(), set()
         for sequence in self.ledger.sequences:
             for layer in range(self.num_layers):
                 table = self.ledger.table(sequence, layer)
-                listed = self._read_next(layer, self.length(sequence, layer), table.shape[1])
-                alive = table != GONE
-                held.update(table[alive].tolist())
-                read.update(table[alive & listed].tolist())
+                pattern, position = pattern_of(self.pattern, layer), self.length(sequence, layer)
+                listed = pages_read(pattern, self._everyone, self.num_kv_heads, layer, position, self.page_size)
+                width = min(table.shape[1], listed.shape[1])
+                held.update(table[table != GONE].tolist())
+                read.update(table[:, :width][listed[:, :width]].tolist())
         return len(held - read) * self.page_bytes
 
     @property
     def _token_bytes(self) -> int:
         return (self._k.shape[-1] + self._v.shape[-1]) * self._k.element_size()
 
-    def _read_next(self, layer: int, length: int, pages: int) -> np.ndarray:
-        """Which pages ``(kv_heads, pages)`` the query at position ``length`` reads."""
-        pattern = pattern_of(self.pattern, layer)
-        shape = (self.num_heads, self.num_kv_heads, 1, length + 1)
-        layout = build_layout(pattern, *shape, block=16, layer=layer, heads=self.heads)
-        listed = np.zeros((self.num_kv_heads, max(pages, length // self.page_size + 1)), dtype=bool)
-        for head in range(layout.heads):
-            full, partial = layout.rows.line(head, 0)
-            blocks = np.array([*full, *(block for block, _ in partial)], dtype=np.int64)
-            listed[head * self.num_kv_heads // layout.heads, blocks * 16 // self.page_size] = True
-        return listed[:, :pages]
-
     def _counts(self, sequences: Sequence[int], k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> list[int]:
         """New tokens of each sequence; k and v checked."""
-        axes = 4 if cu_seqlens_q is None else 3
-        for name, new, pages in (("k", k, self._k), ("v", v, self._v)):
-            if not isinstance(new, Tensor):
-                raise bad_kind(name, "must be a tensor", new)
-            rule = f"({'total' if axes == 3 else 'batch, tokens'}, {self.num_kv_heads}, {pages.shape[-1]})"
-            if new.dim() != axes or tuple(new.shape[-2:]) != (self.num_kv_heads, pages.shape[-1]) or new.shape[:-2] != k.shape[:-2]:
-                raise bad_value(name, f"must have shape {rule}", tuple(new.shape))
-            if new.dtype != pages.dtype:
-                raise TypeError(f"{name} must have the dtype of the cache, {pages.dtype}; got {new.dtype}")
-            if new.device != pages.device:
-                raise bad_value(name, f"must lie on the device of the cache, {pages.device}", new.device)
+        check_new(k, v, self.pools, self.num_kv_heads, 4 if cu_seqlens_q is None else 3)
         if cu_seqlens_q is None:
             counts = [k.shape[1]] * k.shape[0]
         else:
@@ -236,12 +368,17 @@ class SparseCache:
             raise bad_value("sequences", f"must name one for each of the {len(counts)} of the batch", len(sequences))
         return counts
 
-    def _write(self, rooms: list[Room], k: Tensor, v: Tensor) -> None:
-        if not rooms:
-            return
-        copies = torch.from_numpy(np.concatenate([room.copies for room in rooms]).astype(np.int64)).to(self._k.device)
+    def copy_pages(self, rooms: Sequence[Room]) -> None:
+        """Make the copies that new tokens of forks need."""
+        copies = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *(room.copies for room in rooms)]).astype(np.int64)).to(self._k.device)
         if len(copies):
             for pages in (self._k, self._v):
                 pages[copies[:, 1]] = pages[copies[:, 0]]
-        slots = torch.from_numpy(np.concatenate([room.slots.reshape(-1) for room in rooms])).to(self._k.device)
-        store_kv(k.detach(), v.detach(), self._k, self._v, slots)
+
+    def text(self, sequence: int) -> list[int]:
+        """The list behind :meth:`tokens`; refused where a layer has been given other tokens."""
+        lengths = {self.length(sequence, layer) for layer in range(self.num_layers)}
+        text = self.texts[sequence]
+        if lengths != {len(text)}:
+            raise bad_value("sequence", "must have been filled by steps, which know its tokens", f"{sequence}, filled layer by layer")
+        return text

@@ -53,6 +53,31 @@ def demo(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and weights.pt, such as demo-report/checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    file: Annotated[Path | None, typer.Option(help="The text to continue is in this file.")] = None,
+    count: Annotated[int, typer.Option(help="Bytes to write.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest bytes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest likely bytes that have this probability together.")] = None,
+    stop: Annotated[str, typer.Option(help="End behind any of these characters, of one byte each.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    chunk: Annotated[int, typer.Option(help="Bytes of the prompt that are read at a time.")] = 512,
+    save: Annotated[Path | None, typer.Option(help="Keep the cache in this file.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from a cache that --save wrote; a prompt comes behind its text.")] = None,
+    room: Annotated[int, typer.Option(help="Bytes that the text of a saved cache may grow to; no more than now when left out.")] = 0,
+) -> None:
+    """Let a trained model write, live, through a cache that gives back the keys which no later byte can read."""
+    with clear_errors():
+        from s2attn.cli.generate import Source, show_generation, stop_bytes
+        from s2attn.nn.sampling import Sampling
+
+        sampling = Sampling(count, stop_bytes(stop), temperature, top_k, top_p, seed)
+        show_generation(checkpoint, Source(prompt, file, resume), sampling, chunk=chunk, save=save, room=room)
+
+
+@app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder for the table; the variable OUT, or the package's own, when left out.")] = None,
     ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv",
@@ -67,6 +92,41 @@ def tune(
         from s2attn.bench.tune import run_tune
 
         print("\n".join(run_tune(out=out, ops=ops, dims=dims, blocks=blocks, dtype=dtype, size=size, limit=limit, note=print)))
+
+
+@app.command()
+def recall(
+    checkpoint: Annotated[Path | None, typer.Option(help="Judge on q and k of this model (a folder that the demo wrote).")] = None,
+    text: Annotated[Path | None, typer.Option(help="What that model reads; the demo's validation files when left out.")] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens.")] = 2048,
+    block: Annotated[int, typer.Option(help="Tokens per block of the choice.")] = 64,
+    coverages: Annotated[str, typer.Option(help="Shares of the estimated mass, separated by commas.")] = "0.5,0.8,0.9,0.95",
+    png: Annotated[Path | None, typer.Option(help="Draw mass kept over density into this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of planted structures.")] = 0,
+) -> None:
+    """Do selectors find what matters? The attention mass that each keeps, beside the most that as many blocks could keep."""
+    with clear_errors():
+        from s2attn.cli.choosing import show_recall
+
+        show_recall(checkpoint, text=text, seqlen=seqlen, block=block, coverages=coverages, png=png, seed=seed)
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A model that the demo wrote: a folder with config.json and weights.pt.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the table.")] = Path("coverage.json"),
+    text: Annotated[Path | None, typer.Option(help="What the model reads; the demo's validation files when left out.")] = None,
+    stride: Annotated[int, typer.Option(help="Stride of XAttention.")] = 16,
+    block: Annotated[int, typer.Option(help="Tokens per block of the choice.")] = 64,
+    target: Annotated[float, typer.Option(help="Share of the true attention mass that each row shall keep.")] = 0.9,
+    windows: Annotated[int, typer.Option(help="Pieces of text; the last one is kept back to judge the table.")] = 4,
+    seqlen: Annotated[int, typer.Option(help="Bytes of each piece.")] = 2048,
+) -> None:
+    """Fit XAttention's coverage to every head of a model, and say what the table keeps of text that it has not seen."""
+    with clear_errors():
+        from s2attn.cli.choosing import run_calibrate
+
+        run_calibrate(checkpoint, out, text=text, stride=stride, block=block, target=target, windows=windows, seqlen=seqlen)
 
 
 @bench_app.command()
@@ -86,9 +146,15 @@ def cpu(
 
 @bench_app.command()
 def run(
-    suites: Annotated[list[str] | None, typer.Argument(help="forward, backward, train, prefill; all of them when left out.")] = None,
-    size: Annotated[str, typer.Option(help="[bold]full[/bold] on a graphics card; [bold]tiny[/bold] for a first look on a CPU.")] = "full",
-    peers: Annotated[str, typer.Option(help="Who takes part, separated by commas; the usual ones when left out.")] = "",
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="forward, backward, train, prefill, decode, inference, select; all of them when left out.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="[bold]full[/bold] on a graphics card; [bold]small[/bold], for some suites, or [bold]tiny[/bold] on a CPU.")
+    ] = "full",
+    peers: Annotated[
+        str, typer.Option(help="Who takes part in forward and backward, separated by commas; the usual ones when left out.")
+    ] = "",
     peer_path: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a peer from a checkout or a Python file.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend of s2attn; triton on a graphics card when left out.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds for everything together.")] = 540.0,
@@ -97,7 +163,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     commit: Annotated[str | None, typer.Option(help="Commit for the records, where the source tree cannot tell.")] = None,
 ) -> None:
-    """Suites for a graphics card, within a time limit: attention forward and backward, training and prefill of a layer stack."""
+    """Suites for a graphics card, within a time limit: attention, training and prefill, paged decoding, inference, choosing blocks."""
     with clear_errors():
         from s2attn.bench.session import plan_of
         from s2attn.cli.bench import bench_run

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import torch
 
+from s2attn.cache import SparseCache
 from s2attn.core import bad_value
 from s2attn.lab.data import Corpus, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
 from s2attn.lab.model import LanguageModel, ModelConfig
-from s2attn.lab.paged import PagedCache
 from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
+from s2attn.nn.sampling import Sampling
 from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
 
 Record = dict[str, Any]
@@ -246,15 +247,15 @@ def write_continuation(model: LanguageModel, corpus: Corpus, settings: DemoSetti
     text = bytes(corpus.validation[: 64 * settings.prompt_bytes].tolist())
     prompt = choose_prompt(text, settings.prompt_bytes)
     show.begin(settings.new_bytes, "bytes")
-    cache = PagedCache(model.config, len(prompt) + settings.new_bytes, chunk=PREFILL_CHUNK)
-    sampling: Record = {"temperature": 0.7, "seed": settings.seed, "chunk": PREFILL_CHUNK}
-    made = generate(model, prompt, settings.new_bytes, cache=cache, on_byte=show.advance, **sampling)
+    cache = SparseCache.for_model(model, max_tokens=len(prompt) + settings.new_bytes, chunk=PREFILL_CHUNK)
+    sampling = Sampling(settings.new_bytes, temperature=0.7, top_k=40, seed=settings.seed)
+    made = generate(model, prompt, sampling, chunk=PREFILL_CHUNK, cache=cache, on_byte=show.advance)
     show.end()
     error = cache_error(model, made)
     if not error <= LOGIT_TOLERANCE:
         raise ArithmeticError(f"logits with a cache differ from those without by {error:.1e} of the largest, above {LOGIT_TOLERANCE:.0e}")
     show.note(f"logits with the cache equal those without it: largest difference {error:.0e} of the largest logit")
-    most, dense = cache.most_bytes, cache.sparse.bytes_dense
+    most, dense = cache.bytes_most, cache.bytes_dense
     show.note(f"the cache never held more than {most / 1e3:.0f} kB; a dense one ends with {dense / 1e3:.0f} kB")
     return {
         "prompt_end": prompt[-160:].decode("utf-8", errors="replace"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from s2attn.core import bad_value, check_int
 from s2attn.lab.data import VOCABULARY
-from s2attn.nn import SparseAttention
+from s2attn.nn import SparseAttention, look_back, positions
 from s2attn.patterns import Dense, Recipe
 
 
@@ -61,49 +60,6 @@ class ModelConfig:
         return cls(**fields, recipe=recipe)
 
 
-class KeyValueCache(Protocol):
-    """What a model asks of a cache.
-
-    Attributes:
-        length: tokens that all layers have been given.
-        recent: ``(B, look_back)`` int64, the last tokens.
-    """
-
-    length: int
-    recent: Tensor
-
-    def attend(self, attention: SparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the keys and values of new tokens, and let their queries attend to all of their layer."""
-        ...
-
-
-class Cache:
-    """Keys and values of all layers for the tokens seen so far, in one buffer of ``capacity`` tokens per layer."""
-
-    def __init__(self, config: ModelConfig, capacity: int, *, batch: int = 1, dtype: torch.dtype = torch.float32):
-        shape = (config.layers, 2, batch, capacity, config.kv_heads, config.head_dim)
-        self.buffer = torch.empty(shape, dtype=dtype)
-        self.recent = torch.zeros(batch, config.look_back, dtype=torch.int64)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.buffer.shape[3]
-
-    def attend(self, attention: SparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the keys and values of new tokens, and let their queries attend to all of their layer."""
-        return attention(q, *self.append(attention.layer, k, v))
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values behind the ``length`` known ones and return all of them."""
-        end = self.length + k.shape[1]
-        if end > self.capacity:
-            raise bad_value("cache", f"must have room for {end} tokens", self.capacity)
-        keys, values = self.buffer[layer]
-        keys[:, self.length : end], values[:, self.length : end] = k, v
-        return keys[:, :end], values[:, :end]
-
-
 class Attention(nn.Module):
     """Projections and rotary positions around `SparseAttention`."""
 
@@ -115,13 +71,12 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(query, config.width, bias=False)
         self.attend = SparseAttention(config.recipe.pattern(layer), config.heads, config.kv_heads, layer=layer)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         config = self.config
         qkv = self.project_in(x).unflatten(-1, (config.heads + 2 * config.kv_heads, config.head_dim))
         q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        out = self.attend(q, k, v) if cache is None else cache.attend(self.attend, q, k, v)
-        return self.project_out(out.flatten(2))
+        return self.project_out(self.attend(q, k, v).flatten(2))
 
 
 class Block(nn.Module):
@@ -135,14 +90,14 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), rotation, cache)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), rotation)
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class LanguageModel(nn.Module):
-    """Bytes to logits; with a cache it continues where the cache ends (prefill, chunked prefill and decode are one call).
+    """Bytes to logits; inside a step of a `s2attn.SparseCache` they go on where the cache ends.
 
     Two models with the same seed and shape start with the same weights, whatever their recipes.
     """
@@ -169,34 +124,28 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``, which follow the tokens that the cache knows."""
-        start = cache.length if cache is not None else 0
-        rotation = rotations(start, tokens.shape[1], self.config.head_dim, self.config.rope_base)
-        x = self.embed(tokens, cache)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``."""
+        rotation = rotations(positions(tokens), self.config.head_dim, self.config.rope_base)
+        x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x, rotation, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
+            x = block(x, rotation)
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def embed(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """The embeddings of each byte and of the ``look_back`` bytes before it, added; zero bytes stand before the first."""
         back = self.config.look_back
-        before = cache.recent if cache is not None else tokens.new_zeros(len(tokens), back)
-        known = torch.cat((before, tokens), dim=1)
+        known = look_back(tokens, back)
         x = self.embedding(tokens)
         for distance, earlier in enumerate(self.earlier, start=1):
             x = x + earlier(known[:, back - distance : known.shape[1] - distance])
-        if cache is not None:
-            cache.recent = known[:, known.shape[1] - back :]
         return x
 
 
-def rotations(start: int, length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``(length, 1, head_dim / 2)`` of the rotary angles (arXiv:2104.09864) from position ``start`` on."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.arange(start, start + length, dtype=torch.float32)[:, None, None] * frequencies
+def rotations(place: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``(B, T, 1, head_dim / 2)`` of the rotary angles (arXiv:2104.09864) at positions ``(B, T)``."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=place.device) / head_dim)
+    angles = place.float()[..., None, None] * frequencies
     return angles.cos(), angles.sin()
 
 

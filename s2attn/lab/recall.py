@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from s2attn.core import bad_kind, bad_value
-from s2attn.lab.planted import Sample
 from s2attn.nn import SparseAttention
 from s2attn.ops.attention import attention
 from s2attn.ops.checks import check_scale, check_tensors
 from s2attn.ops.score import antidiagonal
 from s2attn.ops.selector import Call, Selector
 from s2attn.patterns import Dense
+from s2attn.selectors.planted import Sample
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def recall(
         ValueError: shapes that do not fit, or no query that sees a key.
 
     >>> from s2attn.selectors import XAttention
-    >>> from s2attn.lab.planted import planted
+    >>> from s2attn.selectors.planted import planted
     >>> x = planted("verticals", seqlen=512)
     >>> result = recall(XAttention(stride=8, coverage=0.9, block=32), x.q, x.k, x.v)
     >>> result.kept > 0.9 * result.oracle
@@ -138,32 +138,37 @@ def judge(
     }
 
 
-def recall_table(judged: Judged) -> str:
+def recall_table(judged: Judged, budgets: Mapping[str, Sequence[str]] | None = None) -> str:
     """The results as a Markdown table.
+
+    Args:
+        budgets: for each method what its budgets are called; a column of its own, when given.
 
     >>> print(recall_table({("bands", "XAttention"): [Recall(0.25, 0.93, 0.8, 0.95, 0.125)]}))
     | data | method | density | mass kept | least of a row | most possible | output error |
     |---|---|---|---|---|---|---|
     | bands | XAttention | 25.0 % | 93.0 % | 80.0 % | 95.0 % | 0.125 |
     """
-    lines = ["| data | method | density | mass kept | least of a row | most possible | output error |", "|---|---|---|---|---|---|---|"]
+    head = ["data", "method", *(["budget"] if budgets else []), "density", "mass kept", "least of a row", "most possible", "output error"]
+    lines = [head, ["---"] * len(head)]
     for (kind, name), results in judged.items():
-        for r in results:
-            shares = " | ".join(f"{share:.1%}".replace("%", " %") for share in (r.density, r.kept, r.worst, r.oracle))
-            lines.append(f"| {kind} | {name} | {shares} | {r.error:.3f} |")
-    return "\n".join(lines)
+        for i, r in enumerate(results):
+            shares = [f"{share:.1%}".replace("%", " %") for share in (r.density, r.kept, r.worst, r.oracle)]
+            lines.append([kind, name, *([budgets[name][i]] if budgets else []), *shares, f"{r.error:.3f}"])
+    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(line) + " |" for line in lines)
 
 
 def recall_chart(judged: Judged, path: Path) -> Path:
     """Mass kept over density, a line for each method, beside the most that was possible; one picture for each kind of data."""
     from s2attn.lab.charts import new_figure
 
-    kinds = list(dict.fromkeys(kind for kind, _ in judged))
+    kinds, names = list(dict.fromkeys(kind for kind, _ in judged)), list(dict.fromkeys(name for _, name in judged))
     figure, axes = new_figure(len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
-        for i, ((of_kind, name), results) in enumerate(judged.items()):
+        for (of_kind, name), results in judged.items():
             if of_kind != kind:
                 continue
+            i = names.index(name)  # a method has one colour in all pictures
             points = sorted(results, key=lambda r: r.density)
             densities = [r.density for r in points]
             axis.plot(densities, [r.kept for r in points], "o-", color=f"C{i % 10}", label=name)

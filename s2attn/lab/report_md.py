@@ -202,7 +202,7 @@ def _checkpoint(results: Record) -> str:
         "## Saved, loaded, and writing",
         f"The S2 model was saved ({saved['bytes'] / 1e6:.1f} MB, with its recipe as JSON) and loaded again: equal logits, bit for bit. "
         f"It then continued {made['prompt_bytes']} bytes of a validation file by {made['new_bytes']}, with a KV cache "
-        f"(prefill {seconds(made['prefill_seconds'])}, then {made['new_bytes'] / made['decode_seconds']:.0f} bytes/s). "
+        f"(prefill {seconds(made['prefill_seconds'])}, then {(made['new_bytes'] - 1) / made['decode_seconds']:.0f} bytes/s). "
         f"Logits with and without the cache differ by at most {made['cache_error']:.0e} of the largest logit. The cache gives back keys "
         f"that no later query reads: it never held more than {made['cache_most_bytes'] / 1e3:.0f} kB, where a dense one ends with "
         f"{made['cache_dense_bytes'] / 1e3:.0f} kB.",

@@ -11,6 +11,8 @@ from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.layout import HeadRange
 from s2attn.ops import attention
 from s2attn.ops.checks import check_softcap
+from s2attn.ops.selector import Selector
+from s2attn.ops.step import LayerCall, current_step
 from s2attn.patterns import Pattern
 
 
@@ -19,8 +21,12 @@ class SparseAttention(nn.Module):
 
     Without sinks it has no parameters, and nothing in the state dict; with them one parameter, ``sinks``.
 
+    Inside ``with cache.step(...)`` of a `s2attn.SparseCache` the tensors hold the new tokens alone: their keys are stored in the cache,
+    their queries see what it holds, and rows that were padded give 0 where the padding is. There ``layer`` says whose pages these are, so
+    that every module of a model needs its own number, from 0 on.
+
     Args:
-        pattern: which keys are seen.
+        pattern: which keys are seen; or a selector, which finds them from q and k.
         num_heads: query heads H of the tensors that come.
         num_kv_heads: key/value heads G, H by default.
         causal, scale, softcap, backend: as in `s2attn.attention`.
@@ -35,7 +41,7 @@ class SparseAttention(nn.Module):
 
     def __init__(
         self,
-        pattern: Pattern,
+        pattern: Pattern | Selector,
         num_heads: int,
         num_kv_heads: int | None = None,
         *,
@@ -48,8 +54,10 @@ class SparseAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(pattern, Pattern):
-            raise bad_kind("pattern", "must be a Pattern", pattern)
+        if not isinstance(pattern, (Pattern, Selector)):
+            raise bad_kind("pattern", "must be a Pattern or a selector", pattern)
+        if isinstance(pattern, Selector) and heads is not None:
+            raise bad_value("heads", "must be left out when a selector is given", heads)
         self.pattern = pattern
         self.num_heads = check_int("num_heads", num_heads, 1)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
@@ -76,6 +84,12 @@ class SparseAttention(nn.Module):
             raise bad_value("q", f"must have num_heads ({self.num_heads}) heads", q.shape[-2])
         if isinstance(k, torch.Tensor) and k.dim() >= 2 and k.shape[-2] != self.num_kv_heads:
             raise bad_value("k", f"must have num_kv_heads ({self.num_kv_heads}) heads", k.shape[-2])
+        ask = current_step()
+        if ask is not None:
+            if cu_seqlens_q is not None or cu_seqlens_k is not None:
+                raise bad_value("cu_seqlens_q and cu_seqlens_k", "must be left out while a cache takes a step", "packed sequences")
+            out, lse = ask("attend", self._call(), q, k, v)
+            return (out, lse) if return_lse else out
         return attention(
             q,
             k,
@@ -92,6 +106,10 @@ class SparseAttention(nn.Module):
             heads=self.heads,
             backend=self.backend,
         )
+
+    def _call(self) -> LayerCall:
+        names = ("pattern", "num_heads", "num_kv_heads", "layer", "causal", "heads", "scale", "softcap", "sinks", "backend")
+        return LayerCall(**{name: getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -77,12 +77,12 @@ def attention(
     check_sinks(sinks, q)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     layout = pattern if isinstance(pattern, Layout) else None
     if isinstance(pattern, Selector):
         if block is not None or heads is not None:
             raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
-        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer}
+        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
         layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         source, index = layout_text(layout), layout.tensors()
     elif layout is not None:
@@ -118,7 +118,7 @@ def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, h
     return pattern_text(pattern, block, bool(causal), check_int("layer", layer, 0), heads)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast attention runs in the autocast dtype, as torch's own does; float64 is left alone."""
     device = q.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:

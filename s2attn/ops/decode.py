@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.core import BLOCKS, Unsupported, bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, Layout, default_block
+from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.layout import HeadRange, Layout
 from s2attn.ops.checks import check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
 from s2attn.ops.source import layout_text, pattern_text
@@ -33,6 +33,8 @@ def decode(
     layer: int = 0,
     heads: HeadRange | None = None,
     backend: str = "auto",
+    validate: bool = True,
+    batch_invariant: bool = False,
 ) -> Any:
     """Causal attention of new queries over keys and values that lie in pages; only pages that the pattern lists are read.
 
@@ -44,14 +46,19 @@ def decode(
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)`` with ``cu_seqlens_q``; any strides.
         k_pages, v_pages: ``(num_pages, page_size, G, D)`` and ``(num_pages, page_size, G, Dv)``, any strides (pages that are stored heads
             first are passed as ``pages.transpose(1, 2)``); page_size is a multiple of 16. The dtype of q, or float8_e4m3fn.
-        pattern: which keys are seen: a `Pattern`; or a packed `Layout` of the same sequences, whose block divides page_size (``layer`` and
-            ``heads`` then do not apply).
+        pattern: which keys are seen: a `Pattern`; or a `Layout` whose block divides page_size (``layer`` and ``heads`` then do not apply),
+            packed, of the very sequences of the call, or square, where a query at position p reads row ``p // block``.
         block_table: ``(B, max_pages)`` int32 or int64, the page of each ``page_size`` tokens of a sequence; or ``(B, G, max_pages)``, for
             each KV head its own. Entries that the pattern does not read may be anything: -1 marks an evicted page.
         seq_lens: ``(B,)`` int32 or int64, tokens of each sequence, the new ones included, whose keys and values are in their pages.
         cu_seqlens_q: ``(B + 1,)`` cumulative numbers of queries, where q is packed. A sequence may have none.
         k_scale, v_scale: ``(G,)`` float32: what float8 pages are multiplied by; 1 by default.
         scale, softcap, sinks, return_lse, layer, heads, backend: as in `attention`.
+        validate: look at lengths and tables first, and wait for the device to do so. Without it, and always during the capture of a CUDA
+            graph, kernels clamp what makes no sense: lengths to the table, ``cu_seqlens_q`` to a rising walk inside q (a query of no
+            sequence gives 0 and -inf), and keys in pages that do not exist count as unseen. Nothing outside of the tensors is read or
+            written. The portable backend makes its lists on the host: it looks in any case, and cannot be captured.
+        batch_invariant: the bits of a sequence's result depend on that sequence alone, at some cost in speed.
 
     Returns:
         out in the shape of q with v's width, in q's dtype; with ``return_lse`` also lse ``(B, H, T)`` or ``(H, total_q)``. A query that
@@ -59,7 +66,7 @@ def decode(
 
     Raises:
         ValueError, TypeError: a bad argument, named with its rule, before anything is read: also a block table that points outside of the
-            cache where the pattern reads.
+            cache where the pattern reads, if numbers are looked at.
         Unsupported: no backend, or not the named one, can serve the call; or a gradient is wanted.
 
     >>> import torch, s2attn
@@ -68,8 +75,8 @@ def decode(
     >>> s2attn.decode(q, k_pages, v_pages, s2attn.Window(64), block_table=table, seq_lens=torch.tensor([150])).shape
     torch.Size([1, 1, 8, 32])
     """
-    _check_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
-    _check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)
+    check_paged_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
+    check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)
     for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
         check_page_scale(name, factor, k_pages if name == "k_scale" else v_pages)
     scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
@@ -79,12 +86,10 @@ def decode(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_pages, v_pages, sinks)):
         raise Unsupported("decode has no gradient", {"autograd": ["call it under torch.no_grad(), or train with s2attn.attention"]})
     source, index = _source(pattern, q, k_pages, layer, heads)
-    flat, cu = q.unsqueeze(0), cu_seqlens_q
-    if cu is None:
-        flat, cu = q.reshape(1, -1, *q.shape[2:]), torch.arange(q.shape[0] + 1, device=seq_lens.device) * q.shape[1]
-    scales = k_scale, v_scale
-    where = block_table, seq_lens, cu, index, source
-    out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, *where, scale, softcap or 0.0, backend)
+    flat = q.unsqueeze(0) if cu_seqlens_q is not None else q.reshape(1, -1, *q.shape[2:])
+    scales, how = (k_scale, v_scale), (backend, bool(validate), bool(batch_invariant))
+    where = block_table, seq_lens, cu_seqlens_q, index, source
+    out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, *where, scale, softcap or 0.0, *how)
     if cu_seqlens_q is None:
         out, lse = out.view(*q.shape[:-1], out.shape[-1]), lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     else:
@@ -98,8 +103,9 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
     if isinstance(pattern, Layout):
         if layer or heads is not None:
             raise bad_value("layer and heads", "must be left out when a Layout is given", (layer, heads))
-        if not pattern.packed or not pattern.causal:
-            raise bad_value("layout", "must be causal and of packed sequences, one for each line of block_table", pattern)
+        if not pattern.causal or not (pattern.packed or pattern.seqlen_q == pattern.seqlen_k):
+            rule = "must be causal, and square or of packed sequences, one for each line of block_table"
+            raise bad_value("layout", rule, pattern)
         if page_size % pattern.block:
             raise bad_value("layout", f"must have a block that divides page_size ({page_size})", pattern.block)
         check_layout_place(pattern, q)
@@ -108,11 +114,10 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
         hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
         raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)
     check_heads(heads, q)
-    block = next(size for size in reversed(BLOCKS) if page_size % size == 0 and size <= max(16, default_block(pattern)))
-    return pattern_text(pattern, block, True, check_int("layer", layer, 0), heads), []
+    return pattern_text(pattern, None, True, check_int("layer", layer, 0), heads), []
 
 
-def _check_tensors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: bool) -> None:
+def check_paged_tensors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: bool) -> None:
     for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
         if not isinstance(tensor, Tensor):
             raise bad_kind(name, "must be a tensor", tensor)
@@ -158,7 +163,7 @@ def check_page_scale(name: str, factor: Tensor | None, pages: Tensor) -> None:
         raise bad_value(name, f"must have shape ({pages.shape[2]},), one number for each KV head, on {pages.device}", tuple(factor.shape))
 
 
-def _check_tables(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
+def check_tables(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
     for name, numbers in (("block_table", block_table), ("seq_lens", seq_lens), ("cu_seqlens_q", cu_seqlens_q)):
         if numbers is None:
             continue

@@ -86,13 +86,24 @@ def bound_mass(
         for b in range(batch if mass.numel() else 0):
             for at in range(0, seqlen_q, step):
                 some = q[b : b + 1, at : at + step].float() * factor
-                # max(x * low, x * high) is x * high where x > 0, and x * low elsewhere.
-                logits = _group_products(some.clamp(min=0), high[b : b + 1]) + _group_products(some.clamp(max=0), low[b : b + 1])
+                logits = bound_logits(some, low[b : b + 1], high[b : b + 1], cap)
                 position = torch.arange(at, at + some.shape[1], device=q.device) + seqlen_k - seqlen_q
-                weights = _softmax(_capped(logits, cap), position if causal else None, block)
+                weights = _softmax(logits, position if causal else None, block)
                 weights = pad(weights, (0, 0, 0, -some.shape[1] % block)).unflatten(2, (-1, block)).sum(dim=3)
                 mass[b, :, at // block : at // block + weights.shape[2]] = weights[0]
     return mass
+
+
+def bound_logits(q: Tensor, low: Tensor, high: Tensor, softcap: float | None) -> Tensor:
+    """The greatest logit ``(B, H, T, blocks)`` that a key within the bounds of its block could have.
+
+    Args:
+        q: ``(B, T, H, D)``, scaled already.
+        low, high: ``(B, blocks, G, D)``; a block without keys, with bounds of inf and -inf, gives no number that means anything.
+        softcap: as in `attention`.
+    """
+    # max(x * low, x * high) is x * high where x > 0, and x * low elsewhere.
+    return _capped(_group_products(q.clamp(min=0), high) + _group_products(q.clamp(max=0), low), softcap)
 
 
 def _means(x: Tensor, block: int) -> Tensor:

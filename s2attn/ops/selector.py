@@ -22,6 +22,7 @@ class Call:
     scale: float | None = None
     softcap: float | None = None
     layer: int = 0
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Selector(ABC):
         layer: int = 0,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        backend: str = "auto",
     ) -> Layout:
         """The layout of the chosen blocks.
 
         Args:
             q, k: ``(B, T, H, D)`` and ``(B, S, G, D)``, or packed with ``cu_seqlens``.
             causal, scale, softcap, layer, cu_seqlens_q, cu_seqlens_k: as in `attention`.
+            backend: who estimates, as in `antidiagonal`; estimates by means, bounds or lines are plain torch in any case.
 
         Returns:
             One layout for all samples. With B > 1, or packed tensors, it is that of sequences which lie one after another: it serves
@@ -77,7 +80,7 @@ class Selector(ABC):
         """
         given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
         check_tensors(q, k, k, packed=bool(given))
-        call = Call(bool(causal), check_scale(scale, q.shape[-1]), check_softcap(softcap), check_int("layer", layer, 0))
+        call = Call(bool(causal), check_scale(scale, q.shape[-1]), check_softcap(softcap), check_int("layer", layer, 0), backend)
         self._check_call(q, call)
         if given:
             samples = _sequences(q, k, given)

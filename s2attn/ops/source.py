@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from s2attn.core import BLOCKS
 from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.patterns import Pattern
 
@@ -46,6 +47,18 @@ def pattern_text(pattern: Pattern, block: int | None, causal: bool, layer: int, 
     """A call with a pattern as one line of text; :func:`find_layout` reads it."""
     where = "" if heads is None else f"{heads.start},{heads.end},{heads.num_heads},{heads.num_kv_heads}"
     return f"{block or 0};{int(causal)};{layer};{where};{pattern.to_json()}"
+
+
+def with_block(text: str, block: int) -> str:
+    """The same call with a block of its own."""
+    return f"{block};{text.split(';', 1)[1]}"
+
+
+@lru_cache(maxsize=256)
+def block_for(text: str, page_size: int) -> int:
+    """The block that suits the pattern of a call: its default, or the largest one up to that which divides the page size, unless 0."""
+    most = max(BLOCKS[0], default_block(_read_pattern(text.split(";", 4)[4])))
+    return next(size for size in reversed(BLOCKS) if size <= most and page_size % size == 0)
 
 
 def layout_text(layout: Layout) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s2attn.backends import Writes, pick_store
 from s2attn.core import bad_kind, bad_value
 from s2attn.ops.decode import check_page_scale, check_pages
+from s2attn.ops.looks import may_look
 
 
 def store_kv(
@@ -18,6 +20,8 @@ def store_kv(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    backend: str = "auto",
+    validate: bool = True,
 ) -> None:
     """Write the keys and values of new tokens into their slots, in place: slot s is token ``s % page_size`` of page ``s // page_size``.
 
@@ -26,6 +30,9 @@ def store_kv(
         k_pages, v_pages: as in `decode`; different pages must not share memory.
         slot_mapping: ``(tokens,)``, or with the batch axis, int32 or int64. Tokens with a negative slot are left out (vLLM's padding).
         k_scale, v_scale: ``(G,)`` float32: numbers are divided by them on their way into float8 pages, and cut to what float8 can hold.
+        backend: as in `attention`.
+        validate: look at the slots first. Without it, and always while a CUDA graph is captured, nothing is: tokens with a slot beyond the
+            last page are left out too, and of several tokens with one slot any is kept.
 
     Raises:
         ValueError, TypeError: a bad argument, named with its rule, before anything is written: also a slot beyond the last page, and a slot
@@ -39,23 +46,22 @@ def store_kv(
     _check(k, v, k_pages, v_pages, slot_mapping)
     check_page_scale("k_scale", k_scale, k_pages)
     check_page_scale("v_scale", v_scale, v_pages)
-    slots = slot_mapping.reshape(-1).long()
-    kept = (slots >= 0).nonzero()[:, 0]
-    slots, size = slots[kept], k_pages.shape[1]
+    rows_k, rows_v = (x.detach().reshape(-1, *x.shape[-2:]) for x in (k, v))
+    new = Writes(rows_k, rows_v, k_pages.detach(), v_pages.detach(), slot_mapping.reshape(-1), k_scale, v_scale)
+    chosen = pick_store(backend, new)
+    if may_look(validate, k_pages):
+        _check_slots(new)
+    chosen.store(new)
+
+
+def _check_slots(new: Writes) -> None:
+    slots = new.slots[new.slots >= 0].long()
     if len(slots):
-        last = int(slots.max())
-        if last >= k_pages.shape[0] * size:
-            raise bad_value("slot_mapping", f"must name slots below {k_pages.shape[0] * size}, the size of the cache", last)
+        last, room = int(slots.max()), new.k_pages.shape[0] * new.k_pages.shape[1]
+        if last >= room:
+            raise bad_value("slot_mapping", f"must name slots below {room}, the size of the cache", last)
         if len(torch.unique(slots)) < len(slots):
             raise bad_value("slot_mapping", "must name no slot twice", "repeated slots")
-    for new, pages, factor in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
-        numbers = new.reshape(-1, *new.shape[-2:])[kept]
-        if pages.dtype == torch.float8_e4m3fn:
-            numbers = numbers.float() if factor is None else numbers.float() / factor[:, None]
-            most = torch.finfo(pages.dtype).max
-            numbers = numbers.clamp(-most, most)
-        with torch.no_grad():
-            pages[slots // size, slots % size] = numbers.to(pages.dtype)
 
 
 def _check(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:

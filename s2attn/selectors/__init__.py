@@ -6,6 +6,7 @@ from s2attn.selectors.calibrate import calibrate
 from s2attn.selectors.family import Gated, MeanPool, PageBounds
 from s2attn.selectors.hyper import hyper_attention
 from s2attn.selectors.lines import FlexPrefill, VerticalSlash
+from s2attn.selectors.quest import KeyBounds
 from s2attn.selectors.select import select
 from s2attn.selectors.xattention import XAttention
 
@@ -13,6 +14,7 @@ __all__ = [
     "Call",
     "FlexPrefill",
     "Gated",
+    "KeyBounds",
     "MassSelector",
     "MeanPool",
     "PageBounds",

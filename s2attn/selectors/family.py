@@ -12,6 +12,7 @@ from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.ops.pooled import bound_mass, mean_pool
 from s2attn.ops.selector import Call
 from s2attn.selectors.base import Coverage, MassSelector, coverage_of, read_coverage
+from s2attn.selectors.quest import KeyBounds, choose_pages
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,50 @@ class PageBounds(RuledSelector):
 
     def mass(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         return bound_mass(q, k, block=self.block, causal=call.causal, scale=call.scale, softcap=call.softcap)
+
+    def pages(
+        self,
+        q: Tensor,
+        bounds: KeyBounds,
+        *,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> dict[str, Tensor]:
+        """The ``top_k`` pages that each KV head reads in a step of decoding, as shorter tables for `s2attn.decode` with `Dense`.
+
+        The pages of the new tokens are always among them, and the first one when "sink" is forced. All new tokens of a sequence, and all
+        query heads of a group, read the same pages: those with the greatest mean mass. Nothing waits for the device and no shape depends on
+        numbers, so a CUDA graph may capture the choice.
+
+        Args:
+            q: ``(B, T, H, D)``, the new tokens, whose keys are stored already.
+            bounds: of the pages; ``block`` must be their page_size.
+            block_table: ``(B, max_pages)`` or ``(B, G, max_pages)``.
+            seq_lens: ``(B,)``, the new tokens included.
+            scale, softcap: as in `attention`.
+
+        Returns:
+            ``block_table (B, G, min(top_k, max_pages))`` and ``seq_lens (B,)``, arguments of `decode`.
+
+        >>> import s2attn, torch
+        >>> k_pages, v_pages = torch.zeros(2, 40, 16, 2, 32)
+        >>> bounds, table, slots = KeyBounds.of(k_pages), torch.arange(40)[None], torch.arange(600)
+        >>> k, v = torch.randn(2, 600, 2, 32)
+        >>> s2attn.store_kv(k, v, k_pages, v_pages, slots)
+        >>> bounds.store(k, slots)
+        >>> q = torch.randn(1, 1, 8, 32)
+        >>> few = PageBounds(top_k=8, block=16).pages(q, bounds, block_table=table, seq_lens=torch.tensor([600]))
+        >>> s2attn.decode(q, k_pages, v_pages, s2attn.Dense(), **few).shape, few["seq_lens"].tolist()
+        (torch.Size([1, 1, 8, 32]), [120])
+        """
+        if self.top_k is None:
+            raise bad_value("top_k", "must be given: a coverage keeps another number of pages at every step", self.coverage)
+        if isinstance(bounds, KeyBounds) and bounds.page_size != self.block:
+            raise bad_value("block", f"must be the page_size of the bounds, {bounds.page_size}", self.block)
+        rule = {"top_k": self.top_k, "keep_first": "sink" in self.forced}
+        return choose_pages(q, bounds, block_table=block_table, seq_lens=seq_lens, scale=scale, softcap=softcap, **rule)
 
 
 @dataclass(frozen=True)

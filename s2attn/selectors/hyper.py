@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from s2attn.core import BLOCKS, bad_kind, bad_value, check_int
-from s2attn.layout import Layout, build_layout
+from s2attn.layout import Layout, build_layout, read_cu_seqlens
 from s2attn.ops import attention, merge
-from s2attn.ops.checks import check_scale, check_tensors
+from s2attn.ops.checks import check_cu_seqlens, check_scale, check_tensors
 from s2attn.patterns import Dense
 from s2attn.selectors.lsh import bucket_order, hyperplanes, inverse_of, reorder
 from s2attn.selectors.sampling import SAMPLING, Drawn, draw, raise_to_floor, residual_floor, with_log_weights
@@ -33,6 +33,8 @@ def hyper_attention(
     seed: int = 0,
     sampling: str = "uniform",
     kappa: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -48,8 +50,9 @@ def hyper_attention(
     samples, their weights and the floor of ``kappa`` count as constants.
 
     Args:
-        q, k, v: ``(B, T, H, D)``, ``(B, S, G, D)``, ``(B, S, G, Dv)``; any lengths, queries at the end of the keys.
-        causal, scale, return_lse, backend: as in `attention`.
+        q, k, v: ``(B, T, H, D)``, ``(B, S, G, D)``, ``(B, S, G, Dv)``; any lengths, queries at the end of the keys. Or packed, with
+            ``cu_seqlens``: each sequence then gives what it gives alone, whatever lies beside it.
+        causal, scale, cu_seqlens_q, cu_seqlens_k, return_lse, backend: as in `attention`.
         num_hashes: hyperplanes, 1 to 62; there are ``2 ** num_hashes`` buckets.
         block: keys of a stretch.
         samples: keys drawn outside of each stretch, with replacement.
@@ -62,7 +65,7 @@ def hyper_attention(
             terms of these sums, is not offered.
 
     Returns:
-        out ``(B, T, H, Dv)``; with ``return_lse`` also the estimated lse ``(B, H, T)``.
+        out ``(B, T, H, Dv)``; with ``return_lse`` also the estimated lse ``(B, H, T)``. Packed: ``(total_q, H, Dv)`` and ``(H, total_q)``.
 
     Raises:
         ValueError, TypeError: a bad argument, before any work.
@@ -72,7 +75,8 @@ def hyper_attention(
     >>> hyper_attention(q, k, v, block=64, samples=64, min_seqlen=128).shape
     torch.Size([1, 1000, 4, 32])
     """
-    check_tensors(q, k, v, packed=False)
+    given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    check_tensors(q, k, v, packed=bool(given))
     numbers = {"block": check_int("block", block, 1), "samples": check_int("samples", samples, 1)}
     if check_int("num_hashes", num_hashes, 1) > 62:
         raise bad_value("num_hashes", "must be at most 62", num_hashes)
@@ -82,18 +86,21 @@ def hyper_attention(
         raise bad_kind("kappa", "must be a number or None", kappa)
     if kappa is not None and not 0 < kappa < float("inf"):
         raise bad_value("kappa", "must be positive and finite", kappa)
-    generator = torch.Generator(q.device).manual_seed(check_int("seed", seed, 0))
-    planes = hyperplanes(num_hashes, q.shape[-1], generator)
-    smallest = check_int("min_seqlen", min_seqlen, 0)
+    smallest, seed = check_int("min_seqlen", min_seqlen, 0), check_int("seed", seed, 0)
     how = _Estimate(check_scale(scale, q.shape[-1]), **numbers, min_seqlen=smallest, sampling=sampling, kappa=kappa, backend=backend)
-    run = _Run(how, planes, generator)
-    if causal:
-        out, lse = run.causal(q, k, v)
-    elif min(q.shape[1], k.shape[1]) <= smallest:
-        out, lse = run.exact(q, k, v, causal=False)
+    if not given:
+        out, lse = _Run.of(how, num_hashes, q, seed).all(q, k, v, causal)
     else:
-        out, lse = run.square(q, k, v)
+        parts = [_Run.of(how, num_hashes, q, seed).all(*one, causal) for one in _sequences(q, k, v, given)]
+        out, lse = (torch.cat([part[i] for part in parts], dim=1 + i).squeeze(0) for i in range(2))
     return (out, lse) if return_lse else out
+
+
+def _sequences(q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The sequences of packed tensors, each with a batch axis of 1; where there are none, one without tokens."""
+    bounds = [pairwise(read_cu_seqlens(f"cu_seqlens_{x}", ends, len(of))) for x, ends, of in zip("qk", given, (q, k), strict=True)]
+    cut = [(q[None, q_lo:q_hi], k[None, lo:hi], v[None, lo:hi]) for (q_lo, q_hi), (lo, hi) in zip(*bounds, strict=True)]
+    return cut or [(q[None], k[None], v[None])]
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,19 @@ class _Run:
     how: _Estimate
     planes: Tensor
     generator: torch.Generator
+
+    @classmethod
+    def of(cls, how: _Estimate, num_hashes: int, q: Tensor, seed: int) -> _Run:
+        generator = torch.Generator(q.device).manual_seed(seed)
+        return cls(how, hyperplanes(num_hashes, q.shape[-1], generator), generator)
+
+    def all(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """The whole call."""
+        if causal:
+            return self.causal(q, k, v)
+        if min(q.shape[1], k.shape[1]) <= self.how.min_seqlen:
+            return self.exact(q, k, v, causal=False)
+        return self.square(q, k, v)
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
         return attention(q, k, v, Dense(), causal=causal, scale=self.how.scale, return_lse=True, backend=self.how.backend)

@@ -89,7 +89,7 @@ class FlexPrefill(Selector):
     def predicted(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """``(B, H)``: whether means predict the attention of the last block of queries."""
         last = q[:, -self.block :]
-        true = antidiagonal(last, k, stride=1, block=self.block, scale=call.scale, softcap=call.softcap)[:, :, 0]
+        true = antidiagonal(last, k, stride=1, block=self.block, scale=call.scale, softcap=call.softcap, backend=call.backend)[:, :, 0]
         by_means = mean_pool(last, k, block=self.block, scale=call.scale, softcap=call.softcap)[:, :, 0]
         return divergence(true / true.sum(dim=-1, keepdim=True), by_means).sqrt() < self.tau
 

@@ -42,7 +42,7 @@ class XAttention(MassSelector):
         object.__setattr__(self, "coverage", read_coverage(self.coverage))
 
     def mass(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
-        scoring: dict[str, Any] = {"causal": call.causal, "scale": call.scale, "softcap": call.softcap}
+        scoring: dict[str, Any] = {"causal": call.causal, "scale": call.scale, "softcap": call.softcap, "backend": call.backend}
         return antidiagonal(q, k, stride=self.stride, block=self.block, **scoring)
 
     def rule(self, call: Call, heads: int) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from s2attn.backends.triton.decode import compiler_options
 from s2attn.backends.triton.hopper import choose_hopper_form
 from s2attn.backends.triton.hopper_backward import choose_column_form, choose_dq_form
 from s2attn.backends.triton.launch import DELTA_ROWS, JOINED_ROWS
 from s2attn.backends.triton.specialised import choose_form
-from s2attn.backends.triton.tiles import Tiles, choose_tiles, next_power
+from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, next_power
 
 KERNELS = {
     "forward": "forward.forward_kernel",
@@ -25,20 +26,48 @@ KERNELS = {
     "delta": "backward.delta_kernel",
     "merge": "join.merge_kernel",
     "sum": "join.sum_kernel",
+    "pieces": "score.piece_kernel",
+    "rows": "score.row_kernel",
+    "mass": "score.mass_kernel",
+    "decode": "decode.decode_kernel",
+    "count": "decode.count_kernel",
+    "reduce": "decode.reduce_kernel",
+    "store": "store.store_kernel",
 }
 _INTS = ("keys", "codes", "listed", "pieces", "splits", "line_start", "line_length", "line_block", "full", "idx", "sub")
+_INTS += ("table", "lens", "cu", "counts", "key_pos", "spans")
 _INTS += ("key_start", "key_length", "key_end", "query_start", "query_length", "query_end")
-_FLOATS = ("lse", "delta", "numbers", "dlse", "sinks", "slot", "slot_out", "slot_lse", "slot_dq", "slot_dk", "slot_dv")
+_FLOATS = (
+    "lse",
+    "delta",
+    "numbers",
+    "dlse",
+    "sinks",
+    "slot",
+    "slot_out",
+    "slot_lse",
+    "slot_dq",
+    "slot_dk",
+    "slot_dv",
+    "k_scale",
+    "v_scale",
+)
+_FLOATS += ("sums", "mass")
 _POINTERS = {
     "ptr": "i64",
     "work": "i64",
     "bits": "i64",
     "sub_at": "i64",
+    "ends": "i64",
+    "slots": "i64",
     "tiles": "u8",
     **dict.fromkeys(_INTS, "i32"),
     **dict.fromkeys(_FLOATS, "fp32"),
 }
-_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "key_tokens", "tile_rows", "places", "items", "batches")
+_COUNTS = ("slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "tokens", "tile_rows", "places")
+_COUNTS += ("batch", "room", "q_len", "per", "max_pages", "outputs", "programs", "splits", "least")
+_COUNTS += ("first_row", "end_row", "reach", "seqlen_q", "seqlen_k", "group", "pieces", "key_blocks")
+_COUNTS += ("key_tokens", "items", "batches")
 _NUMBERS = ("scale", "factor", "cap_log2")
 
 
@@ -109,8 +138,7 @@ def compile_kernel(
         tiles: tiles to try instead of those that a launch would choose.
         capped, sinks: with a soft-cap of the logits, with learned sink logits.
     """
-    room, name = KERNELS[op].split(".")
-    kernel = getattr(import_module(f"s2attn.kernels.{room}"), name)
+    kernel = _kernel(op)
     dim_v = dim if dim_v is None else dim_v
     large = {"merge": "forward", "sum": "dq"}.get(op, op)  # what is joined has the tiles of who left it
     if op != "delta":
@@ -163,15 +191,86 @@ def compile_hopper(
     return _compiled(kernel, "sm_90", dtype, constants, {"num_warps": 4})
 
 
-def _compiled(kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Compiled:
+def compile_score(kernel: str, target: str, dtype: str, dim: int, stride: int, block: int, *, capped: bool = False) -> Compiled:
+    """Compile one of the kernels that estimate the mass of blocks ("pieces", "rows" or "mass") as a launch on ``target`` would."""
+    from s2attn.backends.triton.score import ROWS, WIDTH, choose_score_tiles, piece_groups
+
+    room, name = KERNELS[kernel].split(".")
+    tiles = choose_score_tiles(dim, 4 if dtype == "fp32" else 2, SHARED_MEMORY[target])
+    constants: dict[str, Any] = {"PIECE": piece_groups(stride, block, tiles)}
+    options = {"num_warps": 4, "num_stages": 3}
+    if kernel == "pieces":
+        constants |= {"D": dim, "BLOCK_D": tiles.depth, "STRIDE": stride, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "CAPPED": capped}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    else:
+        constants |= {"ROWS": ROWS, "WIDTH": WIDTH, **({"PER_BLOCK": block // stride} if kernel == "mass" else {})}
+    return _compiled(getattr(import_module(f"s2attn.kernels.{room}"), name), target, dtype, constants, options)
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """A kind of decode call, as far as a compiler sees it.
+
+    Attributes:
+        dtype: "fp16", "bf16" or "fp32"; ``pages`` that of the cache where it is another one: "fp8" (native) or "u8".
+        dim, block, page_size: widths of q, k and v; of the layout; of the cache.
+        rows, group: of a tile of queries, and of them for each query.
+        mode: how queries are found, 0 to 2 (`s2attn.kernels.pieces.queries`).
+        stream: equal ranges instead of lists cut by themselves.
+        capped, sinks: as for :func:`compile_kernel`.
+    """
+
+    dtype: str
+    dim: int
+    block: int = 64
+    page_size: int = 16
+    pages: str = ""
+    rows: int = 16
+    group: int = 4
+    mode: int = 0
+    stream: bool = False
+    capped: bool = False
+    sinks: bool = False
+
+
+def compile_decode(op: str, target: str, case: DecodeCase, shared_limit: int) -> Compiled:
+    """Compile "decode", "reduce", "count" or "store" for calls of that kind, with the tiles that a launch on the target would choose."""
+    tiles = choose_tiles("decode", case.dim, case.dim, 4 if case.dtype == "fp32" else 2, case.block, shared_limit, case.capped)
+    pages = {"fp8": "fp8e4nv"}.get(case.pages, case.pages or case.dtype)
+    scaled = {"SCALED_K": case.pages != "", "SCALED_V": case.pages != ""}
+    of_q, of_v = {"D": case.dim, "BLOCK_D": next_power(case.dim)}, {"DV": case.dim, "BLOCK_DV": next_power(case.dim)}
+    if op == "store":
+        constants = of_q | of_v | scaled | {"PAGE": case.page_size}
+        return _compiled(_kernel(op), target, case.dtype, constants, {"num_warps": 1}, {"k_pages_ptr": pages, "v_pages_ptr": pages})
+    constants = {"BLOCK_N": tiles.listed_tokens, "RB": case.block, "MEMBERS": case.group, "MODE": case.mode}
+    if op == "count":
+        constants |= {"QUERIES": case.rows // case.group, "UNITS": 8}
+        return _compiled(_kernel(op), target, case.dtype, constants, {"num_warps": 1})
+    constants |= {"STREAM": case.stream, "SINKS": case.sinks, "BLOCK_M": case.rows, "GROUP": case.group, **of_v}
+    if op == "reduce":
+        return _compiled(_kernel(op), target, case.dtype, constants | {"ROWS": JOINED_ROWS}, {"num_warps": 4, "num_stages": 3})
+    constants |= of_q | scaled | {"PAGE": case.page_size, "CAPPED": case.capped}
+    options = compiler_options(tiles, target.startswith("sm_"))
+    return _compiled(_kernel(op), target, case.dtype, constants, options, {"k_ptr": pages, "v_ptr": pages})
+
+
+def _kernel(op: str) -> Any:
+    room, name = KERNELS[op].split(".")
+    return getattr(import_module(f"s2attn.kernels.{room}"), name)
+
+
+def _compiled(
+    kernel: Any, target: str, dtype: str, constants: dict[str, Any], options: dict[str, int], pointers: dict[str, str] | None = None
+) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
     types, constants = signature(kernel, dtype, constants)
+    types |= {name: "*" + kind for name, kind in (pointers or {}).items() if name in types}
     # What the launcher's specialisation would find: pointers and strides are multiples of 16.
-    divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_"))]
+    divisible = [name for name, kind in types.items() if kind == "i64" and not name.startswith(("lse_", "dlse_", "num_", "table_"))]
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(types.items()) if name in divisible or kind.startswith("*")}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, aligned)
     amd = target.startswith("gfx")

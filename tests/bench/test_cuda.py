@@ -86,6 +86,15 @@ def test_short_calls_are_captured_and_long_ones_are_not(played: list[str]) -> No
     assert played == ["wait", "wait", "capture"]
 
 
+@pytest.mark.parametrize(("takes", "graph", "how"), [(0.02, True, "graph"), (1e-4, False, "events")])
+def test_a_case_may_want_a_graph_or_none(played: list[str], takes: float, graph: bool, how: str) -> None:
+    def call() -> None:
+        PlayedEvent.clock += takes
+
+    assert Played(takes).arm(call, lambda: None, graph=graph).how == how
+    assert ("capture" in played) == graph
+
+
 def test_a_call_that_cannot_be_captured_says_so(played: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def refuses(made: PlayedGraph, stream: object):

@@ -19,7 +19,7 @@ from s2attn.bench.peers import CUDA_PEERS, Sdpa, case_layout, listed_pairs, make
 from s2attn.bench.rows import Effort, Skip, compared
 from s2attn.bench.runner import run_case, run_suite
 from s2attn.bench.stack import Stack, StackCase
-from s2attn.bench.stacks import DenseStack, Measuring, Ours, stack_suite
+from s2attn.bench.stacks import DenseStack, Measuring, Ours, PagedStack, stack_peers, stack_suite
 from s2attn.bench.suites import attention_suite
 from s2attn.layout import from_block_mask
 from s2attn.ops import attention
@@ -223,10 +223,12 @@ def test_all_ways_to_attend_share_a_stack() -> None:
     for op in ("train", "prefill"):
         case = StackCase("dense", op, Recipe(Dense()), 150, **shape, dtype="float32")
         run = Measuring(case, Meter(), 0, None)
-        results = [run.call(peer)() for peer in (Ours(case, "cpu", None), DenseStack("sdpa", True))]
-        ours, theirs = (result if isinstance(result, list) else [result] for result in results)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+        results = [run.call(run.peer(name))() for name in stack_peers(case, "cpu")]
+        *ours, theirs = (result if isinstance(result, list) else [result] for result in results)
+        assert len(ours) == (2 if op == "prefill" else 1)
+        for mine in ours:
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
 def test_prefill_in_chunks_is_prefill_at_once() -> None:
@@ -234,10 +236,11 @@ def test_prefill_in_chunks_is_prefill_at_once() -> None:
     whole = StackCase(**{**vars(case), "chunk": case.seqlen})
     stack = Stack(case, "cpu")
     x, cache = torch.randn(1, case.seqlen, case.width), torch.empty(case.layers, 2, 1, case.seqlen, case.kv_heads, case.head_dim)
-    chunked = stack.prefill(x, cache, Ours(case, "cpu", None).attend)
+    chunked = [stack.prefill(x, peer.open(cache)) for peer in (Ours(case, "cpu", None), PagedStack(case, "cpu", None))]
     stack.case = whole
-    once = stack.prefill(x, cache, Ours(whole, "cpu", None).attend)
-    torch.testing.assert_close(chunked, once[:, -chunked.shape[1] :], rtol=1e-4, atol=1e-5)
+    once = stack.prefill(x, Ours(whole, "cpu", None).open(cache))
+    for out in chunked:
+        torch.testing.assert_close(out, once[:, -out.shape[1] :], rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_stack_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,26 @@ def test_any_order_of_calls_keeps_the_books(data, pattern) -> None:
         assert {sequence: ledger.length(sequence) for sequence in ledger.sequences} == model
 
 
+@settings(max_examples=40)
+@given(patterns(), st.sampled_from([16, 32]), st.integers(0, 40), st.data())
+def test_what_is_held_serves_the_queries_before(pattern, page_size, hold, data) -> None:
+    """P2 with ``hold``: after any steps and roll-backs, the pages are those of every query from ``length - hold`` on."""
+    ledger = make(pattern, page_size=page_size)
+    ledger.hold = hold
+    sequence = ledger.open()
+    for tokens in data.draw(st.lists(st.integers(1, 50), max_size=8)):
+        ledger.reserve_step([(sequence, min(tokens, LONGEST - ledger.length(sequence)))])
+        ledger.trim(sequence)
+        back = data.draw(st.integers(0, min(hold, ledger.length(sequence))))
+        ledger.rollback(sequence, back)
+        length = ledger.length(sequence)
+        for layer in range(2):
+            held = ledger.table(sequence, layer) != GONE
+            needed = needed_pages(pattern, length, layer, 4, 2, page_size)
+            assert (held[:, : needed.shape[1]] >= needed).all()
+        check_references(ledger)
+
+
 def test_a_fork_costs_nothing_until_it_writes_and_then_one_page_per_head() -> None:
     ledger = make(Dense(), layers=1)
     parent = ledger.open()

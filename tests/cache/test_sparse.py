@@ -90,6 +90,49 @@ def test_a_batch_of_different_lengths_packed_and_forked() -> None:
     assert cache.bytes_used < cache.bytes_dense
 
 
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("group", [2, 16])
+def test_every_row_of_forks_equals_its_prefill(name, group) -> None:
+    """Chunks with evictions, then forks that go on with 1 to 16 tokens each, packed: each row is that of one call over all its keys."""
+    pattern, heads = preset(name, **SMALL[name]), 2 * group
+    pattern = pattern.pattern(0) if isinstance(pattern, Recipe) else pattern
+    cache = SparseCache(pattern, num_pages=150, num_heads=heads, **SHAPE)
+    sequences, known = [cache.open()], [tuple(torch.zeros(0, *shape) for shape in ((heads, 8), (2, 8), (2, 8)))]
+    for lengths in ([70], [33], None, [1, 16, 5], [1, 1, 1], [7, 2, 13], None, [1] * 5, [16, 1, 3, 9, 2]):
+        if lengths is None:  # two more that begin as the first one did
+            sequences += [cache.fork(sequences[0]), cache.fork(sequences[0])]
+            known += [known[0], known[0]]
+            continue
+        new = [tuple(x[0] for x in tokens(1, length, heads)) for length in lengths]
+        known = [tuple(torch.cat(pair) for pair in zip(old, more, strict=True)) for old, more in zip(known, new, strict=True)]
+        cu = torch.tensor([0, *lengths]).cumsum(0)
+        out = cache.attend(sequences, 0, *(torch.cat(part) for part in zip(*new, strict=True)), cu_seqlens_q=cu)
+        poison(cache)
+        for i, length in enumerate(lengths):
+            whole = s2attn.attention(*(x[None] for x in known[i]), pattern)[0, -length:]
+            torch.testing.assert_close(out[cu[i] : cu[i + 1]], whole, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_forks_that_attend_to_their_prompt_together(name) -> None:
+    """One call for the shared pages gives what a call without it gives, with evictions, in every step."""
+    pattern, heads = preset(name, **SMALL[name]), 4
+    pattern = pattern.pattern(0) if isinstance(pattern, Recipe) else pattern
+    both = [SparseCache(pattern, num_pages=150, num_heads=heads, **SHAPE) for _ in range(2)]
+    prompt, sequences = tokens(1, 150, heads), []
+    for cache in both:
+        parent = cache.open()
+        cache.attend([parent], 0, *prompt)
+        sequences = [parent, cache.fork(parent), cache.fork(parent)]
+        cache.attend(sequences[1:2], 0, *(x[:, :7] for x in prompt))
+    for length in (1, 1, 20, 1, 3):
+        call = tokens(3, length, heads)
+        outs = [cache.attend(sequences, 0, *call, cascade=cascade) for cache, cascade in zip(both, (False, True), strict=True)]
+        torch.testing.assert_close(outs[1], outs[0], atol=2e-6, rtol=2e-6)
+        for cache in both:
+            poison(cache)
+
+
 def test_a_full_cache_loses_nothing() -> None:
     cache = SparseCache(Dense(), num_pages=10, **SHAPE)
     a, b = cache.open(), cache.open()

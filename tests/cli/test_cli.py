@@ -90,7 +90,10 @@ def test_show_draws_heads_that_differ_of_the_layer_that_is_asked_for() -> None:
             ["bench", "cpu", "--peers", "s2attn,fa9"],
             "s2attn: --peers must be some of s2attn, sdpa, flex, separated by commas; got 's2attn,fa9'",
         ),
-        (["bench", "run", "decode"], "s2attn: suites must be some of forward, backward, train, prefill; got 'decode'"),
+        (
+            ["bench", "run", "sleep"],
+            "s2attn: suites must be some of forward, backward, train, prefill, decode, inference, select; got 'sleep'",
+        ),
         (["bench", "compare", "nothing.json"], "s2attn: [Errno 2] No such file or directory: 'nothing.json'"),
         (["bench", "cpu", "--out", "."], "s2attn: --out must name a file; got ."),
     ],
@@ -220,3 +223,68 @@ def test_another_missing_module_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match="numpy"):
         cli.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from s2attn.lab.model import LanguageModel, ModelConfig
+    from s2attn.lab.train import save_model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_model(LanguageModel(ModelConfig(layers=2, width=32, heads=2, kv_heads=1, hidden=32)), folder)
+    return folder
+
+
+def test_generate_writes_and_goes_on_from_its_cache(trained: Path, tmp_path: Path) -> None:
+    words = ["generate", str(trained), "--temperature", "1.0", "--seed", "4"]
+    whole = run(*words, "--prompt", "def f(x):", "--count", "40")
+    assert whole.exit_code == 0, whole.output
+    assert re.search(r"40 bytes in [\d.]+ s; the cache never held more than \d+ kB", whole.stderr)
+    file, cache = tmp_path / "prompt.txt", str(tmp_path / "cache.pt")
+    file.write_text("def f(x):")
+    first = run(*words, "--file", str(file), "--count", "25", "--save", cache, "--room", "60", "--chunk", "4")
+    second = run(*words, "--resume", cache, "--count", "15")
+    ascii_of = lambda text: "".join(letter for letter in text if letter.isascii() and letter != "\n")  # noqa: E731
+    assert len(ascii_of(whole.stdout)) > 5  # a character that is cut in two is shown as two broken ones
+    assert ascii_of(first.stdout) + ascii_of(second.stdout) == ascii_of(whole.stdout)
+
+
+def test_generate_takes_more_text_behind_a_cache_and_stops_where_it_shall(trained: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache.pt")
+    assert run("generate", str(trained), "--prompt", "one ", "--count", "3", "--save", cache, "--room", "400").exit_code == 0
+    result = run("generate", str(trained), "--prompt", "two ", "--resume", cache, "--count", "300", "--temperature", "2", "--stop", "eat")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip("\n")[-1] in "eat" and not set(result.stdout.rstrip("\n")[:-1]) & set("eat")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "s2attn: --prompt must hold something, or --file or --resume be given; got nothing"),
+        (["--prompt", "a", "--file", "b"], "s2attn: --prompt and --file must not be given together; got 'a' and b"),
+        (["--prompt", "a", "--count", "0"], "s2attn: max_new_tokens must be an integer >= 1; got 0"),
+        (["--prompt", "a", "--chunk", "0"], "s2attn: chunk must be an integer >= 1; got 0"),
+        (["--prompt", "a", "--stop", "\u00e4"], "s2attn: --stop must hold characters of one byte each; got '\u00e4'"),
+        (["--resume", "nothing.pt"], "s2attn: [Errno 2] No such file or directory: 'nothing.pt'"),
+    ],
+)
+def test_what_generate_cannot_do_is_one_line(trained: Path, words: list[str], message: str) -> None:
+    assert error_of("generate", str(trained), *words).startswith(message)
+
+
+def test_generate_says_when_pieces_are_too_large_for_a_saved_cache(trained: Path, tmp_path: Path) -> None:
+    from s2attn import Local, Recipe
+    from s2attn.lab.model import LanguageModel, ModelConfig
+    from s2attn.lab.train import save_model
+
+    config = ModelConfig(layers=1, width=32, heads=2, kv_heads=1, hidden=32, recipe=Recipe(Local(2, block=16)))
+    save_model(LanguageModel(config), tmp_path / "local")
+    words, cache = ["generate", str(tmp_path / "local"), "--count", "2"], str(tmp_path / "cache.pt")
+    assert run(*words, "--prompt", "a", "--save", cache, "--room", "400", "--chunk", "16").exit_code == 0
+    said = error_of(*words, "--prompt", 200 * "b", "--resume", cache)
+    assert said.startswith("s2attn: --chunk must not be larger than when the cache was made; got 512: the cache is full")
+    assert run(*words, "--prompt", 200 * "b", "--resume", cache, "--chunk", "16").exit_code == 0
+
+
+def test_generate_needs_a_checkpoint(tmp_path: Path) -> None:
+    assert error_of("generate", str(tmp_path), "--prompt", "a").startswith("s2attn: folder must hold config.json and weights.pt; got ")

@@ -76,6 +76,16 @@ def everything(target: str) -> list[Job]:
     return [*jobs.values(), *joins(target, (64, 80, 128, 256))]
 
 
+def one_each(target: str) -> list[Job]:
+    """The first of those jobs for every choice of tiles: with and without a soft-cap, in every type."""
+    jobs: dict[tuple, Job] = {}
+    for job in everything(target):
+        tiles = job.tiles if job.op in LARGE else None
+        shape = None if tiles is None else (tiles, tiles.factor(job.block), tiles.per_block(job.block))
+        jobs.setdefault((job.op, job.dtype, job.capped, job.sinks, shape), job)
+    return list(jobs.values())
+
+
 def joins(target: str, widths: tuple[int, ...]) -> list[Job]:
     """What surrounds the large kernels: pieces joined with and without sinks, gradients summed, delta."""
     kinds = [(op, block, sinks) for block in (16, 256) for op, sinks in (("merge", False), ("merge", True), ("sum", False))]
@@ -143,12 +153,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY), help="sm_90, gfx942, ...; all of them by default")
     parser.add_argument("--representatives", action="store_true", help="the part that the tests take")
+    parser.add_argument("--one-each", action="store_true", help="one kernel for each choice of tiles")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the lines there too, each as soon as it is known")
     given = parser.parse_args()
     if given.out:
         given.out.unlink(missing_ok=True)
-    choose = representatives if given.representatives else everything
+    choose = representatives if given.representatives else one_each if given.one_each else everything
     rows = []
     for row in compiled([job for target in given.targets for job in choose(target)], given.workers):
         rows.append(row)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-SHARED = ("test_problems.py", "test_calls.py", "test_pieces.py")
+SHARED = ("test_problems.py", "test_calls.py", "test_pieces.py", "test_decode.py", "test_generate.py", "test_score.py")
 # The specialised kernels and those for Hopper come last: warps that wait for each other wrongly would wait until the time is over.
 STAGES = (("test_first.py",), ("test_launches.py",), SHARED, ("test_long.py",), ("test_specialised.py",), ("test_hopper.py",))
 WORKERS = 8

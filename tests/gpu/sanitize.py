@@ -15,6 +15,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
@@ -68,7 +72,37 @@ def run() -> None:
                 raise SystemExit(f"{name}: {label} is not finite")
         cut += sum(way.slots for way in backend._prepared[given.layout].ways.values())
         print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    run_paged(torch.device("cuda" if on_gpu else "cpu"), 64 if on_gpu else 16)
     print(f"done; {cut} pieces were joined")
+
+
+def run_paged(device: torch.device, width: int) -> None:
+    """Storing and decoding in every form, with lengths, tables and slots of which some make no sense and nobody looks at any."""
+    import torch
+
+    from s2attn import Local, Stride, build_layout
+    from s2attn.backends import Pages, Requests, Scoring, Writes
+    from s2attn.backends.triton import Triton, decode
+    from s2attn.schedule import Cut
+
+    lengths = torch.tensor([200, 0, 10**6, -5], dtype=torch.int32, device=device)
+    table = torch.tensor([[1, 2, 3, 0], [-1, 9, 4, 4], [0, 5, 2**31 - 1, 3], [1, -(2**31), 3, 2]], dtype=torch.int32, device=device)
+    counts = torch.tensor([0, 3, 4, 24, 99], dtype=torch.int32, device=device)
+    for form, cut in {"direct": Cut("direct"), "split": Cut("split", 3, 32), "stream": Cut("stream", programs=7)}.items():
+        decode.choose_cut = lambda *given, cut=cut, **more: cut
+        for block in (16, 64):
+            begin, backend = time.perf_counter(), Triton()
+            k, v = torch.randn(2, 6, 64, 2, width, device=device).half()
+            new = torch.randn(2, 4, 2, width, device=device).half()
+            backend.store(Writes(*new, k, v, torch.tensor([7, -1, 10**9, 383], device=device)))
+            layout = build_layout(Local(2, block) | Stride(3, block=block), 4, 2, 256, block=block, device=device)
+            for cu in (None, counts):
+                q = torch.randn(1, 24, 4, width, device=device).half()
+                requests = Requests(lengths, cu, checked=False)
+                out, _ = backend.forward_paged(q, Pages(k, v, table.unsqueeze(1)), requests, layout, Scoring(0.1))
+                if not torch.isfinite(out).all():
+                    raise SystemExit(f"paged, {form}: out is not finite")
+            print(f"paged, {form}, block {block}: {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 def sanitizer() -> str | None:
@@ -89,7 +123,7 @@ def check(tool: str, binary: str, out: Path, seconds: float) -> str:
     text = report.read_text()
     summary = re.findall(r"ERROR SUMMARY: (.*)|RACECHECK SUMMARY: (.*)", text)
     said = "".join(summary[-1]) if summary else "no summary"
-    finished = len(re.findall(r"(?m)^(?:block|batch).*: [\d.]+ s$", text))
+    finished = len(re.findall(r"(?m)^(?:block|batch|paged).*: [\d.]+ s$", text))
     return f"{tool}: {said}; {finished} problems; exit status {code}{' (time was over)' if code == 124 else ''}; see {report.name}"
 
 

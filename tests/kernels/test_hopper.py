@@ -238,3 +238,18 @@ def test_masks_as_words():
     bits = (words[..., None] >> torch.arange(64)) & 1
     assert torch.equal(bits.view(3, 128, 128).bool(), tiles)
     assert mask_words(tiles[:0]).shape == (0, 2)
+
+
+def test_one_scale_does_not_answer_for_another(monkeypatch):
+    """The kernel wants a positive scale; what was chosen for one is not what a negative one gets."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from s2attn.backends import Scoring
+    from s2attn.backends.triton import Triton, ways
+    from s2attn.backends.triton.backend import find_tiles
+
+    monkeypatch.setattr(ways, "can_take", lambda *_: True)
+    backend = Triton(lambda *given: replace(find_tiles(*given), form="hopper"))
+    p = problem("not causal, full only", torch.float16)
+    q, k, v, layout = p.arguments[:4]
+    chosen = [backend._way("forward", q, k, v, layout, Scoring(scale)).special for scale in (0.1, -0.1, 0.2)]
+    assert [special is None for special in chosen] == [False, True, False]

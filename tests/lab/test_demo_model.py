@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2attn import Dense, Local, Recipe, Sink, Stride, Window
-from s2attn.lab.generate import cache_error, generate, prefill
-from s2attn.lab.model import Cache, LanguageModel, ModelConfig
+from s2attn import Dense, Local, Recipe, Sampling, Sink, SparseCache, Stride, Window
+from s2attn.lab.generate import cache_error, generate
+from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.lab.train import load_model, save_model
 
 SPARSE = Recipe(Local(2, block=16) | Stride(2, block=16), dense_layers=[0])
@@ -29,12 +29,14 @@ def bytes_of(length: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [1000, 50, 16])
 def test_logits_with_a_cache_equal_those_without(recipe: Recipe, chunk: int) -> None:
     model, tokens = model_of(SMALL.with_recipe(recipe)), bytes_of(150)
+    cache, cached = SparseCache.for_model(model, max_tokens=150, chunk=chunk), []
+    sequence = cache.open()
     with torch.no_grad():
         plain = model(tokens)
-        cache = Cache(model.config, 150)
-        cached = [prefill(model, tokens[:, :130], cache, chunk=chunk)]
-        cached += [model(tokens[:, i : i + 1], cache) for i in range(130, 150)]
-    assert cache.length == 150
+        for piece in [*tokens[:, :130].split(chunk, dim=1), *tokens[:, 130:].split(1, dim=1)]:
+            with cache.step([sequence], piece):
+                cached.append(model(piece))
+    assert cache.length(sequence) == 150
     torch.testing.assert_close(torch.cat(cached, dim=1), plain, atol=2e-5 * float(plain.abs().max()), rtol=0)
 
 
@@ -91,42 +93,22 @@ def test_a_shape_that_does_not_fit_is_refused(change: dict[str, int], message: s
         ModelConfig(**{"heads": 4, "kv_heads": 2, **change})
 
 
-def test_a_full_cache_is_refused() -> None:
-    model = model_of()
-    with pytest.raises(ValueError, match="cache must have room for 20 tokens; got 16"):
-        model(bytes_of(20), Cache(model.config, 16))
-
-
 def test_generation_repeats_with_its_seed_and_its_cache_is_exact() -> None:
-    model, seen = model_of(), []
-    first = generate(model, b"def f(x):\n", 12, seed=3, chunk=4, on_byte=lambda: seen.append(1))
-    again = generate(model, b"def f(x):\n", 12, seed=3, chunk=7)
+    model, seen, how = model_of(), [], Sampling(12, temperature=0.8, seed=3)
+    first = generate(model, b"def f(x):\n", how, chunk=4, on_byte=lambda: seen.append(1))
+    again = generate(model, b"def f(x):\n", how, chunk=7)
     assert len(first.new) == 12 == len(seen) and first.new == again.new
     assert first.logits.shape == (12, 256)
     assert cache_error(model, first) < 1e-5
 
 
 def test_zero_temperature_takes_the_likeliest_byte() -> None:
-    made = generate(model_of(), b"import os", 8, temperature=0.0)
+    made = generate(model_of(), b"import os", Sampling(8))
     assert list(made.new) == made.logits.argmax(dim=-1).tolist()
 
 
 def test_cache_error_sees_a_wrong_logit() -> None:
     model = model_of()
-    made = generate(model, b"import os", 8)
+    made = generate(model, b"import os", Sampling(8))
     made.logits[3, 7] += made.logits.abs().max()
     assert cache_error(model, made) > 0.1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"count": 0}, "count must be an integer >= 1; got 0"), ({"temperature": -1.0}, "temperature must be 0 or more; got -1.0")],
-)
-def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate(model_of(), b"x", **{"count": 4, **settings})
-
-
-def test_an_empty_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="prompt must hold one byte or more; got none"):
-        generate(model_of(), b"", 4)

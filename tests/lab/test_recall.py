@@ -7,9 +7,9 @@ import torch
 
 from s2attn import Dense, XAttention, attention
 from s2attn.lab.model import LanguageModel, ModelConfig
-from s2attn.lab.planted import STRUCTURES, planted
 from s2attn.lab.recall import captured, judge, recall, recall_chart, recall_table
 from s2attn.selectors import Gated, MeanPool, calibrate
+from s2attn.selectors.planted import STRUCTURES, planted
 
 
 def at_random(blocks, top_k, block=32):

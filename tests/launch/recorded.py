@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from s2attn import Global, Layout, Local, Sink, Window, build_layout
-from s2attn.backends import Scoring
+from s2attn.backends import Pages, Requests, Scoring, Writes
 from s2attn.backends.triton import Triton, start
+from s2attn.backends.triton.backend import find_tiles
 from s2attn.backends.triton.tiles import Tiles
 from s2attn.testing.recording import Launch, RecordingDriver, recording
 
@@ -113,6 +115,22 @@ def arguments(driver: RecordingDriver) -> Any:
                 start._plain = alone
                 ways.append((way, driver.stream, [(one.kernel, one.stream) for one in driver.launches], shown(taken(driver))))
         found.append(ways)
+    return found
+
+
+def paged(driver: RecordingDriver) -> Any:
+    """Kernels of paged calls of many batches and caches with their compiled forms, for each way of cutting."""
+    layout, found = build_layout(Local(2), 4, 2, 4096), {}
+    for cut in ("direct", "split", "stream"):
+        backend, names = Triton(lambda *given, cut=cut: replace(find_tiles(*given), cut=cut)), []
+        for batch, pages in ((2, 40), (5, 17), (16, 64), (2, 40)):
+            k, v = torch.zeros(2, pages, 16, 2, 64, dtype=torch.float16)
+            where = Pages(k, v, torch.zeros(batch, 1, pages, dtype=torch.int32))
+            requests = Requests(torch.full((batch,), 99, dtype=torch.int32), None)
+            backend.forward_paged(torch.zeros(1, batch, 4, 64, dtype=torch.float16), where, requests, layout, SCORING)
+            backend.store(Writes(*(torch.zeros(batch, 2, 64, dtype=torch.float16),) * 2, k, v, torch.arange(batch)))
+            names.append([(one.kernel, one.compiled) for one in taken(driver)])
+        found[cut] = names
     return found
 
 
@@ -218,4 +236,8 @@ def host_time(driver: RecordingDriver) -> Any:
 
 if __name__ == "__main__":
     with recording() as shared:
-        print(json.dumps({f.__name__: f for f in (lengths, arguments, hopper, unaligned, strides, hooks, host_time)}[sys.argv[1]](shared)))
+        print(
+            json.dumps(
+                {f.__name__: f for f in (lengths, arguments, hopper, unaligned, paged, strides, hooks, host_time)}[sys.argv[1]](shared)
+            )
+        )

@@ -58,6 +58,16 @@ def test_unaligned_tensors_are_never_taken_for_aligned_ones():
     assert len(compiled[0]) == len(compiled[1]) == 1 and compiled[0] != compiled[1]
 
 
+def test_one_compilation_serves_all_batches_and_caches():
+    found = recorded("paged")
+    expected = {"direct": ["decode_kernel"], "split": ["decode_kernel"], "stream": ["count_kernel", "decode_kernel", "reduce_kernel"]}
+    for form, calls in found.items():
+        for call in calls:
+            assert [name for name, _ in call if name != "reduce_kernel" or form == "stream"] == [*expected[form], "store_kernel"]
+        compiled = {tuple(kernel) for call in calls for kernel in call}
+        assert len(compiled) == len({name for name, _ in compiled})
+
+
 def test_strides_are_not_confused():
     assert recorded("strides") == [True] * 5
 

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2attn
-from s2attn import Dense, HeadRange, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, build_layout, preset
+from s2attn import Dense, HeadRange, Layout, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, build_layout, preset
 from s2attn.backends.portable.run import Work
 from s2attn.ops.paged import decode_op
 from s2attn.ops.source import pattern_text
 from s2attn.patterns import PRESETS
 from s2attn.testing import assert_close, dense_mask, eager, oracle
 from s2attn.testing.paging import Paged, scatter
+from s2attn.testing.problems import random_mask
 from s2attn.testing.strategies import patterns
 
 S2 = Local(2, 16) | Stride(3, block=16)
@@ -188,6 +189,28 @@ def test_strides_that_are_no_rows():
     torch.testing.assert_close(out, s2attn.attention(q, k, v, S2), atol=2e-6, rtol=2e-6)
 
 
+def test_rows_of_a_square_layout():
+    """For one pattern, and for random blocks that no pattern made: a query reads the row of its position."""
+    lengths, group = [(3, 70), (1, 33), (17, 100), (0, 5), (4, 2)], (4, 2)
+    q, k, v = random_sequences(lengths, *group)
+    layout = build_layout(S2, *group, 100, block=16)
+    masks = masks_of(S2, lengths, *group)
+    paged = scattered(masks, k, v, 32, per_head=True)
+    compare(*decode_packed(q, paged, layout), q, k, v, masks)
+    mask = random_mask(2, 100, 100, 16, causal=True)
+    chosen = Layout.from_dense(mask, block=16)
+    chosen = Layout(16, True, chosen.rows, chosen.tiles, chosen.q_spans, chosen.k_spans)
+    rows = [mask.repeat_interleave(2, 0)[:, max(m - n, 0) : m, :m] for n, m in lengths]
+    masks = [
+        torch.cat([torch.zeros(4, n - row.shape[1], row.shape[2], dtype=torch.bool), row], 1)
+        for (n, _), row in zip(lengths, rows, strict=True)
+    ]
+    paged = scattered(masks, k, v, 32, per_head=False)
+    compare(*decode_packed(q, paged, chosen), q, k, v, masks)
+    with pytest.raises(ValueError, match="layout must have a row for every position, 100 by seq_lens; got 96"):
+        decode_packed(q, paged, build_layout(S2, *group, 96, block=16))
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_a_layout_takes_the_place_of_a_pattern(heads):
     """A layout from anywhere, here of random blocks: with one list for all heads, one per KV head, or one per query head."""
@@ -207,7 +230,7 @@ def test_a_layout_takes_the_place_of_a_pattern(heads):
     wide = build_layout(pattern, *group, block=64, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     with pytest.raises(ValueError, match=r"layout must have a block that divides page_size \(32\); got 64"):
         decode_packed(q, paged, wide)
-    with pytest.raises(ValueError, match="layout must be causal and of packed sequences"):
+    with pytest.raises(ValueError, match="layout must be causal, and square or of packed sequences"):
         decode_packed(q, paged, build_layout(Dense(), 4, 2, 24, 200, block=16))
 
 
@@ -249,7 +272,7 @@ def test_the_op_is_registered_as_torch_wants_it():
     c = good_call()
     text = pattern_text(S2, 16, True, 0, None)
     q, lengths, cu = c["q"].reshape(1, 2, 4, 16), c["seq_lens"], torch.tensor([0, 1, 2])
-    arguments = (q, c["k_pages"], c["v_pages"], None, None, None, c["block_table"], lengths, cu, [], text, 0.25, 0.0, "auto")
+    arguments = (q, c["k_pages"], c["v_pages"], None, None, None, c["block_table"], lengths, cu, [], text, 0.25, 0.0, "auto", True, False)
     torch.library.opcheck(decode_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

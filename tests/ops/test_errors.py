@@ -120,7 +120,7 @@ FUTURE = Layout.from_dense(torch.ones(40, 40, dtype=torch.bool), block=16)
         (lambda: HeadRange(4, 4, 8, 4), ValueError, r"heads must satisfy 0 <= start < end <= 8; got \(4, 4\)"),
         (lambda: HeadRange(0, 4, 8, 3), ValueError, r"heads num_heads must be a multiple of num_kv_heads \(3\); got 8"),
         (lambda: s2attn.SparseAttention(Dense(), 4, 3), ValueError, r"num_kv_heads must divide num_heads \(4\); got 3"),
-        (lambda: s2attn.SparseAttention("dense", 4), TypeError, "pattern must be a Pattern; got str"),
+        (lambda: s2attn.SparseAttention("dense", 4), TypeError, "pattern must be a Pattern or a selector; got str"),
         (lambda: s2attn.SparseAttention(Dense(), 4, softcap=0.0), ValueError, "softcap must be positive and finite; got 0.0"),
         (lambda: s2attn.SparseAttention(Dense(), 4, sinks=t(4)), TypeError, "sinks must be True or False; got Tensor"),
         (lambda: s2attn.SparseAttention(Window(2), 2)(Q, KV, KV), ValueError, r"q must have num_heads \(2\) heads; got 4"),

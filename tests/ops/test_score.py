@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2attn.ops import antidiagonal, score
+from s2attn.backends.portable import score
+from s2attn.ops import antidiagonal
 
 
 def by_pairs(q, k, stride, block, causal, scale=None):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from s2attn import XAttention
-from s2attn.lab.planted import planted
 from s2attn.lab.recall import recall
 from s2attn.ops import antidiagonal
 from s2attn.selectors import calibrate
+from s2attn.selectors.planted import planted
 
 
 def by_hand(q, k, stride, block, target):

@@ -8,8 +8,8 @@ import torch
 import s2attn
 from s2attn import XAttention, hyper_attention
 from s2attn.core import Unsupported
-from s2attn.lab.planted import planted
 from s2attn.selectors import FlexPrefill, MeanPool, PageBounds, VerticalSlash
+from s2attn.selectors.planted import planted
 
 pytestmark = pytest.mark.gpu
 

@@ -295,3 +295,30 @@ def test_empty_calls():
         hyper_attention(torch.ones(1, 5, 2, 4), *(torch.ones(1, 0, 1, 4),) * 2),
         s2attn.attention(torch.ones(1, 5, 2, 4), *(torch.ones(1, 0, 1, 4),) * 2, Dense()),
     )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_are_what_they_are_alone(causal):
+    lengths = [(90, 90), (0, 7), (40, 70), (5, 0), (70, 40)]
+    cu_q, cu_k = (torch.tensor([0, *(pair[i] for pair in lengths)]).cumsum(0) for i in range(2))
+    x = [t.squeeze(0) for t in tensors(1, int(cu_q[-1]), int(cu_k[-1]), 4, 2)]
+    settings = {"causal": causal, "block": 16, "samples": 8, "min_seqlen": 16, "return_lse": True}
+    out, lse = hyper_attention(*x, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **settings)
+    assert out.shape == (205, 4, 8) and lse.shape == (4, 205)
+    grads = torch.autograd.grad(out.square().sum(), x)
+    for q_lo, q_hi, lo, hi in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        alone = [x[0][None, q_lo:q_hi], x[1][None, lo:hi], x[2][None, lo:hi]]
+        one, one_lse = hyper_attention(*alone, **settings)
+        torch.testing.assert_close(out[q_lo:q_hi], one[0])
+        torch.testing.assert_close(lse[:, q_lo:q_hi], one_lse[0])
+        if one.numel() and hi > lo:
+            for got, want, (a, b) in zip(
+                grads, torch.autograd.grad(one.square().sum(), alone), ((q_lo, q_hi), (lo, hi), (lo, hi)), strict=True
+            ):
+                torch.testing.assert_close(got[a:b], want[0], atol=1e-5, rtol=1e-4)
+
+
+def test_packed_calls_want_both_lengths():
+    q = torch.randn(10, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        hyper_attention(q, q, q, cu_seqlens_q=torch.tensor([0, 10]))

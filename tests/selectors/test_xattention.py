@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import s2attn
-from s2attn import XAttention
+from s2attn import HeadRange, XAttention
 from s2attn.selectors import Call
 from s2attn.testing import assert_close, eager, oracle
 
@@ -270,3 +270,11 @@ def test_bad_calls(settings_, words):
     q, k, v = tensors(1, 32, 32, 4, 2)
     with pytest.raises(ValueError, match=words):
         s2attn.attention(q, k, v, XAttention(coverage=[[0.5] * 4, [0.5] * 8]), **settings_)
+
+
+def test_the_module_takes_a_selector():
+    q, k, v = (torch.randn(1, 128, heads, 16) for heads in (4, 2, 2))
+    selector = XAttention(8, 0.7, block=32)
+    assert torch.equal(s2attn.SparseAttention(selector, 4, 2)(q, k, v), s2attn.attention(q, k, v, selector))
+    with pytest.raises(ValueError, match="heads must be left out when a selector is given"):
+        s2attn.SparseAttention(selector, 4, 2, heads=HeadRange(0, 4, 8, 4))

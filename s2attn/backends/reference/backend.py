@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from s2attn.backends.base import Backend, Scoring
+from s2attn.backends.base import Backend, Reduction, Scoring
 from s2attn.backends.checks import exact_arithmetic, lse_dtype, plain_objections
 from s2attn.layout import Layout
 
@@ -35,6 +36,35 @@ class Reference(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with exact_arithmetic(q.device):
             return _gradients(dout, dlse, q, k, v, layout, scoring)
+
+    def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
+        return plain_objections(q, k, k)
+
+    def antidiagonal(self, q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
+        """Every logit ``q.k``, the means over antidiagonals gathered from them, and the whole reduced grid in memory."""
+        means = _antidiagonal_means(_by_head(q) @ _grouped(k, q.shape[2]).transpose(-1, -2) * reduction.scale, reduction.stride)
+        if reduction.softcap is not None:
+            means = reduction.softcap * torch.tanh(means / reduction.softcap)
+        rows, columns = (torch.arange(n, device=q.device) for n in means.shape[-2:])
+        unseen = columns > rows[:, None] + reduction.reach(q.shape[1], k.shape[1])
+        weights = torch.softmax(means.masked_fill(unseen, -torch.inf), -1).masked_fill(unseen, 0.0)
+        per_block = reduction.block // reduction.stride
+        padded = pad(weights, (0, -len(columns) % per_block, 0, -len(rows) % per_block))
+        return padded.unflatten(-1, (-1, per_block)).sum(-1).unflatten(-2, (-1, per_block)).sum(-2).float()
+
+
+def _antidiagonal_means(logits: Tensor, stride: int) -> Tensor:
+    """``(..., T, S)`` to ``(..., query groups, key groups)``: from the last query and the first key of each tile on."""
+    seqlen_q, seqlen_k = logits.shape[-2:]
+    query, key = (torch.arange(0, n, stride, device=logits.device) for n in (seqlen_q, seqlen_k))
+    total = logits.new_zeros((*logits.shape[:-2], len(query), len(key)))
+    pairs = total.new_zeros(len(query), len(key))
+    for s in range(stride):
+        row, column = (query + stride).clamp(max=seqlen_q) - 1 - s, key + s
+        exists = (row >= query)[:, None] & (column < seqlen_k)
+        pair = logits[..., row.clamp(min=0)[:, None], column.clamp(max=seqlen_k - 1)]
+        total, pairs = total + torch.where(exists, pair, 0.0), pairs + exists
+    return total / pairs
 
 
 def _gradients(

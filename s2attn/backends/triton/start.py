@@ -41,6 +41,16 @@ Starts = dict[tuple, _Known]
 """Calls that were made before; it belongs to the object that keeps their layout's tensors alive."""
 
 
+KEPT_STARTS = 1024
+
+
+def keep_some(starts: Starts) -> Starts:
+    """The same calls, or none when there are too many: for kernels whose calls come in any number of shapes."""
+    if len(starts) > KEPT_STARTS:
+        starts.clear()
+    return starts
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Kernels start on the device of their tensors, whichever is current."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

@@ -12,6 +12,7 @@ from typing import Any
 
 from s2attn.backends.triton.tiles import FORMS, SMALLEST, Tiles
 from s2attn.core import bad_value
+from s2attn.schedule import CUTS
 
 SCHEMA = 1
 PACKAGED = Path(__file__).parent / "tuned"
@@ -27,7 +28,7 @@ class Situation:
     """What a tuned row is for.
 
     Attributes:
-        op: "forward", "dq" or "dkv".
+        op: "forward", "dq", "dkv" or "decode".
         dtype: "float16", "bfloat16" or "float32".
         head_dim, v_dim: widths.
         block: tokens per block of the layout.
@@ -97,6 +98,8 @@ def _row(row: dict[str, Any]) -> tuple[Situation, Tiles]:
         raise bad_value("tiles", "must have at least one stage, and no negative key range", row["tiles"])
     if tiles.form not in FORMS:
         raise bad_value("form", f"must be one of {', '.join(FORMS)}", tiles.form)
+    if tiles.cut and tiles.cut not in CUTS:
+        raise bad_value("cut", f"must be empty or one of {', '.join(CUTS)}", tiles.cut)
     return situation, tiles
 
 

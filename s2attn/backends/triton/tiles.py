@@ -22,7 +22,7 @@ class Tiles:
     ``key_range`` cuts the lists of forward and dq where they cross a multiple of so many keys, and takes range by range, so that K and V
     of one range stay in the second-level cache; 0 does not. ``form`` is one of `FORMS`: "plain", or another kernel whose tiles are its own
     wherever it can serve ("specialised": `s2attn.backends.triton.specialised`; "hopper": `s2attn.backends.triton.hopper`); where it
-    cannot, the plain one with these.
+    cannot, the plain one with these. ``cut`` is how "decode" cuts lists, one of `s2attn.schedule.CUTS`; empty, the shape of the call says.
     """
 
     line_tokens: int
@@ -31,6 +31,7 @@ class Tiles:
     num_stages: int
     key_range: int = 0
     form: str = "plain"
+    cut: str = ""
 
     def factor(self, block: int) -> int:
         """Blocks of the lines' axis that share a tile."""
@@ -53,9 +54,10 @@ def next_power(width: int) -> int:
 def shared_bytes(op: str, tiles: Tiles, dim: int, dim_v: int, itemsize: int) -> int:
     """Shared memory that a kernel asks for, from above: operands of the lines, and stages of listed ones."""
     wide = next_power(dim) + next_power(dim_v)
-    lines = tiles.line_tokens * (next_power(dim) if op == "forward" else wide) * itemsize
+    onward = op in ("forward", "decode")
+    lines = tiles.line_tokens * (next_power(dim) if onward else wide) * itemsize
     listed = tiles.listed_tokens * wide * itemsize
-    scratch = tiles.line_tokens * tiles.listed_tokens * itemsize * (1 if op == "forward" else 2)
+    scratch = tiles.line_tokens * tiles.listed_tokens * itemsize * (1 if onward else 2)
     return lines + tiles.num_stages * listed + scratch
 
 
@@ -64,14 +66,14 @@ WIDE_MEMORY = 200_000
 
 
 def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, shared_limit: int, capped: bool = False) -> Tiles:
-    """The tiles for ``op`` ("forward", "dq" or "dkv"): preferred ones that do not spill registers, made smaller until they fit.
+    """The tiles for ``op`` ("forward", "dq", "dkv" or "decode"): preferred ones that do not spill registers, made smaller until they fit.
 
     ``capped``: with a soft-cap, whose arithmetic needs registers too.
 
     >>> choose_tiles("forward", 128, 128, 2, 64, 232448)
-    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, form='plain')
+    Tiles(line_tokens=64, listed_tokens=64, num_warps=4, num_stages=3, key_range=0, form='plain', cut='')
     """
-    wanted = _preferred(op, max(next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
+    wanted = _preferred(op, (next_power(dim), next_power(dim_v)), itemsize, block, shared_limit, capped)
     line_tokens, listed_tokens = wanted.line_tokens, wanted.listed_tokens
     while True:
         for stages in range(wanted.num_stages, 0, -1):
@@ -86,9 +88,16 @@ def choose_tiles(op: str, dim: int, dim_v: int, itemsize: int, block: int, share
             line_tokens //= 2
 
 
-def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int, capped: bool) -> Tiles:
+def _preferred(op: str, widths: tuple[int, int], itemsize: int, block: int, shared_limit: int, capped: bool) -> Tiles:
     """What compiles without spills at widths 64 and 128 (`tests/compile`)."""
-    large = shared_limit >= WIDE_MEMORY
+    large, wide = shared_limit >= WIDE_MEMORY, max(widths)
+    if op == "decode":
+        # Rows of a tile at most. Every listed key lies somewhere else, so addresses need registers, and latency wants many programs.
+        if itemsize > 2:
+            return Tiles(16, 16, 4, 3)
+        return Tiles(32, 32, 4, 4 if large else 3) if wide <= 128 else Tiles(16, 32, 8, 3)
+    if op == "dkv" and wide > 128 and itemsize == 2 and block >= 32 and shared_limit > SHARED_MEMORY["sm_75"]:
+        return Tiles(32, 32, 8, 3)  # 16 lines and 4 warps, as for the others, spill
     if shared_limit <= SHARED_MEMORY["sm_75"] or itemsize > 2 or wide > 128:
         # Products on ordinary units, or rows too wide for the registers: small tiles.
         if itemsize > 2 and block < 32:
@@ -97,7 +106,8 @@ def _preferred(op: str, wide: int, itemsize: int, block: int, shared_limit: int,
     gathered = block < 64  # a token number per lane needs registers too
     if op == "dkv":
         if wide > 64:
-            return Tiles(64, 16 if capped or (large and block != 64) else 32, 8, 2 if large else 3)
+            few = capped or (large and block != 64) or (not large and min(widths) < wide)
+            return Tiles(64, 16 if few else 32, 8, 2 if large else 3)
         if large:
             return Tiles(64, 32, 8, 2) if gathered else Tiles(64, 64, 8, 3)
         return Tiles(32, 32 if gathered else 64, 4, 2)

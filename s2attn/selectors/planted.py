@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def planted(
     width: int = 32,
     strength: float = 12.0,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Sample:
     """Noise in which every head also looks at some lines of keys.
 
@@ -42,7 +44,8 @@ def planted(
         lines: how many places or distances; a band is so many widths long.
         width: tokens that a line is thick.
         strength: by how many nats the logit of a planted key lies above that of others.
-        seed: of everything drawn.
+        seed: of everything drawn; each kind of device draws its own numbers.
+        device: where everything is drawn, and lies.
 
     Raises:
         ValueError: an unknown structure, or numbers that do not fit.
@@ -60,24 +63,25 @@ def planted(
     runs = -(-seqlen // width)
     if lines > runs:
         raise bad_value("lines", f"must be at most seqlen / width ({runs})", lines)
-    rng = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(heads, seqlen, head_dim, generator=rng), torch.randn(kv_heads, seqlen, head_dim, generator=rng)
-    run = torch.arange(seqlen) // width
+    rng = torch.Generator(device).manual_seed(seed)
+    draw: dict[str, Any] = {"generator": rng, "device": device}
+    q, k = torch.randn(heads, seqlen, head_dim, **draw), torch.randn(kv_heads, seqlen, head_dim, **draw)
+    run = torch.arange(seqlen, device=device) // width
     # Twice the root: one for the scale of attention, one shared by query and key.
     size = (strength * head_dim**0.5) ** 0.5
     for g in range(kv_heads):
         group = slice(g * heads // kv_heads, (g + 1) * heads // kv_heads)
         if structure == "verticals":
-            theme = size * normalize(torch.randn(head_dim, generator=rng), dim=0)
-            chosen = torch.randperm(runs, generator=rng)[:lines]
+            theme = size * normalize(torch.randn(head_dim, **draw), dim=0)
+            chosen = torch.randperm(runs, **draw)[:lines]
             k[g] += theme * torch.isin(run, chosen).unsqueeze(1)
             q[group] += theme
         else:
-            codes = size * normalize(torch.randn(runs, head_dim, generator=rng), dim=1)
-            back = torch.arange(lines) if structure == "bands" else torch.randperm(runs, generator=rng)[:lines]
+            codes = size * normalize(torch.randn(runs, head_dim, **draw), dim=1)
+            back = torch.arange(lines) if structure == "bands" else torch.randperm(runs, **draw)[:lines]
             k[g] += codes[run]
             for distance in back.tolist():
                 there = run - distance
                 q[group] += codes[there.clamp(min=0)] * (there >= 0).unsqueeze(1)
-    v = torch.randn(kv_heads, seqlen, head_dim, generator=rng)
+    v = torch.randn(kv_heads, seqlen, head_dim, **draw)
     return Sample(*(x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)))
