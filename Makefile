@@ -16,7 +16,7 @@ WORKERS ?= auto
 OUT ?= out
 ARGS ?=
 # For gpu-bench: which suites (separated by commas), full or tiny, and seconds for all of them.
-SUITES ?= forward,backward,train,prefill,decode,inference,select
+SUITES ?= forward,backward,train,prefill,decode,inference,select,hyper
 SIZE ?= full
 LIMIT ?= 540
 comma := ,

@@ -24,7 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m s2attn.bench", description="Time attention against its peers.")
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="run suites, write their records, print tables")
-    run.add_argument("suites", nargs="*", help="forward, backward, train, prefill, decode, inference, select; all of them when left out")
+    run.add_argument(
+        "suites", nargs="*", help="forward, backward, train, prefill, decode, inference, select, hyper; all of them when left out"
+    )
     run.add_argument("--size", default="full", help="full; small, for some suites, on a CPU; or tiny for a first look on one")
     run.add_argument("--peers", default="", help="who takes part in forward and backward, separated by commas")
     run.add_argument("--peer-path", action="append", default=[], metavar="NAME=PATH", help="where a peer lies")

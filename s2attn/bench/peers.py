@@ -113,10 +113,11 @@ class S2Attn(Peer):
 
 
 class Sdpa(Peer):
-    """torch's dense causal attention, of the kind that torch chooses: every key, whatever the case's pattern."""
+    """torch's dense attention, of the kind that torch chooses: every key, whatever the case's pattern."""
 
     name = "sdpa"
     dense = True
+    causal = True
     kind: str | None = None
     """The name in ``torch.nn.attention.SDPBackend`` that is forced; torch chooses where it is None."""
 
@@ -126,9 +127,9 @@ class Sdpa(Peer):
     def prepare(self, case: AttentionCase) -> Prepared:
         facts = {} if self.kind is None else {"sdpa_backend": self.kind}
         grouped = case.heads != case.kv_heads
-        attend = dense_attention(self.kind, grouped)
+        attend = dense_attention(self.kind, grouped, self.causal)
         if grouped and self.kind is not None and not _serves(attend, case, self.device):
-            attend = _repeated(dense_attention(self.kind, False), case.heads // case.kv_heads)
+            attend = _repeated(dense_attention(self.kind, False, self.causal), case.heads // case.kv_heads)
             facts["note"] = "has no grouped queries here: K and V are repeated for every query head inside the timed call"
         return Prepared(attend, True, 0.0, 0, Dense(), case.pairs_dense, case.pairs_dense, facts)
 
@@ -147,12 +148,12 @@ class Cudnn(Sdpa):
     kind = "CUDNN_ATTENTION"
 
 
-def dense_attention(kind: str | None, grouped: bool) -> Attend:
-    """Dense causal attention ``(B, H, T, D)`` through torch, forced to one kind or not."""
+def dense_attention(kind: str | None, grouped: bool, causal: bool = True) -> Attend:
+    """Dense attention ``(B, H, T, D)`` through torch, forced to one kind or not."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_context(kind):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     return attend
 

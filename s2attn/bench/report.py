@@ -22,6 +22,7 @@ OPS = {
     "decode": "decoding from pages",
     "inference": "prefill and decoding of a layer stack",
     "select": "blocks chosen from q and k",
+    "hyper": "attention estimated from buckets and samples",
 }
 
 

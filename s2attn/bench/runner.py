@@ -18,6 +18,7 @@ from s2attn.bench.cases import AttentionCase, LayoutCase
 from s2attn.bench.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
 from s2attn.bench.compare import Error, Inputs, Oracle
 from s2attn.bench.decoding import decode_peers, run_decode_case
+from s2attn.bench.estimating import HyperCase, hyper_peers, run_hyper_case
 from s2attn.bench.host import host_facts
 from s2attn.bench.inference import InferenceCase, inference_peers, run_inference_case
 from s2attn.bench.journal import SCHEMA, Journal, Record, Row, write_record
@@ -36,9 +37,10 @@ OTHERS: dict[type, tuple[Callable[..., list[Row]], Callable[[Any, str], list[str
     DecodeCase: (run_decode_case, decode_peers),
     InferenceCase: (run_inference_case, inference_peers),
     SelectCase: (run_select_case, select_peers),
+    HyperCase: (run_hyper_case, hyper_peers),
 }
 """For cases that bring their own peers: what runs one, and who has a row in it."""
-AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase | SelectCase
+AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase | SelectCase | HyperCase
 
 
 class Arranged:

@@ -88,7 +88,7 @@ def select_suite(op: str = "select", size: str = "full") -> list[SelectCase]:
     """
     shapes: dict[str, dict[str, Any]] = {
         "full": {},
-        "small": {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32"},
+        "small": {"heads": 4, "kv_heads": 1, "head_dim": 64, "dtype": "float32"},
         "tiny": {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32", "lines": 2},
     }
     shape, methods = shapes[size], dict[str, MassSelector]()
@@ -96,7 +96,7 @@ def select_suite(op: str = "select", size: str = "full") -> list[SelectCase]:
         methods |= {"XAttention 8": XAttention(8, block=32), "mean pool": MeanPool(top_k=4, block=32)}
         return [SelectCase(f"tiny {n}, {name}", one, "slashes", n, **shape) for name, one in methods.items() for n in (256, 512)]
     methods |= {f"XAttention {stride}": XAttention(stride) for stride in (16, 8)} | {"mean pool": MeanPool(top_k=16)}
-    lengths = (8192, 4096, 16384) if size == "small" else FULL_LENGTHS
+    lengths = (16384, 32768, 8192, 4096) if size == "small" else FULL_LENGTHS
     wanted = [(structure, name, n) for structure in ("slashes", "verticals") for name in methods for n in lengths]
     # All methods on slashes; the other structure for the first of them, at two lengths.
     kept = [(s, name, n) for s, name, n in wanted if s == "slashes" or (name == "XAttention 16" and n in lengths[:2])]

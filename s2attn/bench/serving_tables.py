@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from s2attn.bench.cases import tokens
+from s2attn.selectors.stages import HYPER_STAGES
 
 Row = Mapping[str, Any]
 Lines = list[list[str]]
@@ -118,5 +119,32 @@ def crossover(points: Sequence[tuple[int, float]]) -> str:
     return f"{low * (high / low) ** (math.log(1 / before) / math.log(after / before)) / 1024:.3g}k"
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {"decode": decode_lines, "inference": inference_lines, "select": select_lines}
+def hyper_lines(rows: Sequence[Row]) -> Lines:
+    """Heading and one line per case of `hyper`: its stages, the whole beside dense attention, and how far the estimate is from it."""
+    from s2attn.bench.tables import by_case, dense_peer, duration, peer_names, size
+
+    names, stages = [name for name in peer_names(rows) if name != "s2attn"], (*HYPER_STAGES, "other", "backward")
+    lines = [["case", "density", *stages, "s2attn", *names, "x dense", "from dense", "peak memory", "of dense", "error"]]
+    for case, peers in by_case(rows).items():
+        ours = peers.get("s2attn")
+        timed = {name: row for name, row in peers.items() if row["status"] == "ok"}
+        medians = [duration(timed[name]["median_s"]) if name in timed else "-" for name in names]
+        if ours is None or ours["status"] != "ok":
+            lines.append([case, *["-"] * (len(stages) + 2), *medians, *["-"] * 5])
+            continue
+        fastest = timed.get(dense_peer(ours) or "")
+        memory = [row.get("peak_bytes") for row in (ours, fastest or {})]
+        over = "-" if fastest is None else f"{ours['speedup'][fastest['peer']]:.2f}"
+        last = [over, f"{100 * ours['from_dense']:.1f} %", *map(size, memory), f"{ours['error']:.0e}"]
+        parts = [duration(ours.get(f"{stage}_s")) for stage in stages]
+        lines.append([case, f"{100 * ours['density']:.1f} %", *parts, duration(ours["median_s"]), *medians, *last])
+    return lines
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
+    "decode": decode_lines,
+    "inference": inference_lines,
+    "select": select_lines,
+    "hyper": hyper_lines,
+}
 """By op."""

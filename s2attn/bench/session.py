@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from s2attn.bench.estimating import hyper_suite
 from s2attn.bench.host import host_facts
 from s2attn.bench.inference import inference_suite
 from s2attn.bench.journal import SCHEMA, DeviceLost, Journal, Record, Row, read_record
@@ -32,7 +33,7 @@ from s2attn.bench.suites import attention_suite
 from s2attn.bench.tables import case_lines
 from s2attn.core import bad_value
 
-SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0, "select": 2.0}
+SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0, "select": 2.0, "hyper": 1.0}
 """The suites, and how a time limit is shared among them."""
 SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
     "forward": attention_suite,
@@ -42,9 +43,10 @@ SUITES: dict[str, Callable[[str, str], Sequence[AnyCase]]] = {
     "decode": decode_suite,
     "inference": inference_suite,
     "select": select_suite,
+    "hyper": hyper_suite,
 }
 """The cases of each, by its name and a size."""
-SMALL = ("decode", "select")
+SMALL = ("decode", "select", "hyper")
 """Suites with cases that mean something on a CPU."""
 SIZES = ("full", "small", "tiny")
 EFFORTS = {"full": Effort(15, 3, 3.0), "small": Effort(9, 3, 3.0), "tiny": Effort(2, 1, 0.1)}

@@ -156,6 +156,13 @@ def _choosing(gpu: str) -> Callable[[Found], list[Reading]]:
     return lambda found: _most([row[key] for row in found.ours("select", gpu) if key in row], 1.1, "{:.2f}x".format)
 
 
+def _hyper(gpu: str, peer: str, goal: float, **equal: Any) -> Callable[[Found], list[Reading]]:
+    """HyperAttention over a dense peer, in cases of some length and kind."""
+    return lambda found: _least(
+        [row["speedup"][peer] for row in found.ours("hyper", gpu, **equal) if peer in row["speedup"]], goal, "{:.2f}x"
+    )
+
+
 def _cache(found: Found) -> list[Reading]:
     """On any device, since it is counted: the most that the cache of a stack held, over density times that of a dense one."""
     rows = [row for row in found.rows if row["op"] == "inference" and row["peer"] == "s2attn" and row["seqlen"] >= 131072]
@@ -193,6 +200,16 @@ TARGETS = (
     Target("same on a CPU", ">= 80 % of 1 / (density + 1 / (2 stride))", _roofline("")),
     Target("H200, scoring and selection over 1 / stride of a product of q and k", "<= 1.1x", _choosing("H200")),
     Target("same on a CPU", "<= 1.1x", _choosing("")),
+    Target(
+        "H200, HyperAttention at 128k, causal, over FlashAttention-2",
+        ">= 2.5x",
+        _hyper("H200", "flash", 2.5, seqlen=131072, causal=True, backward=False),
+    ),
+    Target(
+        "CPU, HyperAttention at 32k, causal, forward and backward, over dense",
+        ">= 1x",
+        _hyper("", "sdpa", 1.0, seqlen=32768, causal=True, backward=True),
+    ),
     Target("H200, launch", "<= 20 us of host time per call", _launch),
     Target("H200, first call", "<= 5 s", _first),
     Target("layout of 1M tokens, 32 heads, on a CPU", "< 1 s", _layout),

@@ -147,7 +147,8 @@ def cpu(
 @bench_app.command()
 def run(
     suites: Annotated[
-        list[str] | None, typer.Argument(help="forward, backward, train, prefill, decode, inference, select; all of them when left out.")
+        list[str] | None,
+        typer.Argument(help="forward, backward, train, prefill, decode, inference, select, hyper; all of them when left out."),
     ] = None,
     size: Annotated[
         str, typer.Option(help="[bold]full[/bold] on a graphics card; [bold]small[/bold], for some suites, or [bold]tiny[/bold] on a CPU.")

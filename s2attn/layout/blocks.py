@@ -85,10 +85,12 @@ def _tiles(q_spans: Spans, k_spans: Spans, line: Tensor, idx: Tensor, block: int
     ahead = (q_spans.pos.long()[line] - k_spans.pos.long()[idx]).clamp(-block, block) if causal else torch.full_like(line, block)
     seen = ahead + q_length > 0
     partial = seen & ((k_length < block) | (ahead < block - 1))
-    kinds, which = torch.unique(torch.stack([ahead, q_length, k_length], dim=1)[partial], dim=0, return_inverse=True)
+    # One number for the three, since rows of a matrix are slow to compare; their order is that of the numbers.
+    base = block + 1
+    kinds, which = torch.unique((((ahead + block) * base + q_length) * base + k_length)[partial], return_inverse=True)
     token = torch.arange(block, device=line.device)
     query, key = token[:, None], token[None, :]
-    after, rows, columns = (kinds[:, column, None, None] for column in range(3))
+    after, rows, columns = (x[:, None, None] for x in (kinds // base**2 - block, kinds // base % base, kinds % base))
     tiles = (key <= query + after) & (query < rows) & (key < columns)
     tile = torch.full_like(line, -1)
     tile[partial] = which

@@ -17,6 +17,7 @@ from s2attn.ops.checks import check_cu_seqlens, check_scale, check_tensors
 from s2attn.patterns import Dense
 from s2attn.selectors.lsh import bucket_order, hyperplanes, inverse_of, reorder
 from s2attn.selectors.sampling import SAMPLING, Drawn, draw, raise_to_floor, residual_floor, with_log_weights
+from s2attn.selectors.stages import stage
 
 
 def hyper_attention(
@@ -138,7 +139,8 @@ class _Run:
         return self.square(q, k, v)
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, Dense(), causal=causal, scale=self.how.scale, return_lse=True, backend=self.how.backend)
+        with stage("exact"):
+            return attention(q, k, v, Dense(), causal=causal, scale=self.how.scale, return_lse=True, backend=self.how.backend)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Halves; the queries may also be fewer, or more, than the keys."""
@@ -150,11 +152,11 @@ class _Run:
             return _stack(self.exact(q[:, :blind], k[:, :0], v[:, :0], causal=True), self.causal(q[:, blind:], k, v))
         if seqlen_q < seqlen_k:  # all queries see the first keys
             past = seqlen_k - seqlen_q
-            return merge([self.square(q, k[:, :past], v[:, :past]), self.causal(q, k[:, past:], v[:, past:])])
+            return _joined(self.square(q, k[:, :past], v[:, :past]), self.causal(q, k[:, past:], v[:, past:]))
         half = seqlen_q // 2
         upper = self.causal(q[:, :half], k[:, :half], v[:, :half])
         below = self.square(q[:, half:], k[:, :half], v[:, :half])
-        return _stack(upper, merge([self.causal(q[:, half:], k[:, half:], v[:, half:]), below]))
+        return _stack(upper, _joined(self.causal(q[:, half:], k[:, half:], v[:, half:]), below))
 
     def square(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Every query sees every key."""
@@ -162,12 +164,16 @@ class _Run:
         if not q.shape[0] or len(cut.k_lengths) <= 1 or max(cut.outside) <= self.how.samples:
             return self.exact(q, k, v, causal=False)
         order_q, order_k = bucket_order(q.detach(), self.planes), bucket_order(k.detach(), self.planes)
-        q_sorted, k_sorted, v_sorted = reorder(q, order_q), reorder(k, order_k), reorder(v, order_k)
-        inside = self._stretch_by_stretch(q_sorted, k_sorted, v_sorted, cut, cut.k_lengths, self.how.scale)
-        outside = self._sampled(q_sorted, k_sorted, v_sorted, cut, inside[1])
-        out, lse = merge([inside, outside])
-        back = inverse_of(order_q)
-        return reorder(out, back), lse.gather(2, back.transpose(1, 2))
+        with stage("sort"):
+            q_sorted, k_sorted, v_sorted = reorder(q, order_q), reorder(k, order_k), reorder(v, order_k)
+        with stage("blocks"):
+            inside = self._stretch_by_stretch(q_sorted, k_sorted, v_sorted, cut, cut.k_lengths, self.how.scale)
+        with stage("samples"):
+            outside = self._sampled(q_sorted, k_sorted, v_sorted, cut, inside[1])
+        out, lse = _joined(inside, outside)
+        with stage("sort"):
+            back = inverse_of(order_q)
+            return reorder(out, back), lse.gather(2, back.transpose(1, 2))
 
     def _sampled(self, q: Tensor, k: Tensor, v: Tensor, cut: _Stretches, inside_lse: Tensor) -> tuple[Tensor, Tensor]:
         """The keys outside of each query's stretch, estimated from samples: out, and the lse scaled up to all of them."""
@@ -231,6 +237,13 @@ def _diagonal_layout(
     return layout, cu_q, cu_k
 
 
+def _joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Results over different keys as one."""
+    with stage("merge"):
+        return merge([first, second])
+
+
 def _stack(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Results of earlier and of later queries as one."""
-    return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=2)
+    with stage("merge"):
+        return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.checks import exact_arithmetic
+from s2attn.selectors.stages import stage
 
 
 def hyperplanes(count: int, width: int, generator: torch.Generator) -> Tensor:
@@ -38,7 +39,10 @@ def buckets(x: Tensor, planes: Tensor) -> Tensor:
 
 def bucket_order(x: Tensor, planes: Tensor) -> Tensor:
     """``(B, tokens, heads)`` int64: the tokens of ``x (B, tokens, heads, width)`` by bucket, in their old order inside a bucket."""
-    return torch.sort(buckets(x, planes), dim=1, stable=True).indices
+    with stage("hash"):
+        found = buckets(x, planes)
+    with stage("sort"):
+        return torch.sort(found, dim=1, stable=True).indices
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def test_new_lengths_are_timed_beside_known_ones(monkeypatch: pytest.MonkeyPatch
 
 def test_small_cases_are_for_suites_that_have_them() -> None:
     assert Plan("out", ("decode",), "small").suite("decode") == decode_suite(size="small")
-    with pytest.raises(ValueError, match="size may be small for decode, select alone; got it for forward, decode"):
+    with pytest.raises(ValueError, match="size may be small for decode, select, hyper alone; got it for forward, decode"):
         Plan("out", ("forward", "decode"), "small")
     with pytest.raises(ValueError, match="context must be an integer >= 16"):
         case_of(ragged=True, context=8)

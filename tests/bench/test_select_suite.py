@@ -30,7 +30,10 @@ def test_full_cases_are_those_that_were_promised() -> None:
     for kind in ([case for case in cases if case.stride == 8], [case for case in cases if isinstance(case.selector, MeanPool)]):
         assert {case.seqlen for case in kind} == {8192, 16384, 32768, 65536, 131072}
     assert {case.stride for case in cases} == {8, 16, None} and {case.structure for case in cases} == {"slashes", "verticals"}
-    for case in [*cases, *select_suite(size="small"), *TINY]:
+    small = select_suite(size="small")
+    for stride in (8, 16):
+        assert {case.seqlen for case in small if case.stride == stride and case.structure == "slashes"} == {4096, 8192, 16384, 32768}
+    for case in [*cases, *small, *TINY]:
         assert json.loads(json.dumps(case.facts())) == case.facts()
     assert TINY[0].roofline(0.25) == pytest.approx(1 / (0.25 + 1 / 16)) and TINY[-1].roofline(0.25) == 4
     with pytest.raises(ValueError, match=r"seqlen must be a multiple of the selector's block \(32\); got 100"):

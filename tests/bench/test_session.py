@@ -137,7 +137,7 @@ def test_the_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"suites": ["sleep"]}, "suites must be some of forward, backward, train, prefill, decode, inference, select; got 'sleep'"),
+        ({"suites": ["sleep"]}, "suites must be some of forward, backward, train, prefill, decode, inference, select, hyper; got 'sleep'"),
         ({"size": "huge"}, "size must be one of full, small, tiny; got 'huge'"),
         ({"limit": 0.0}, "limit must be a positive number of seconds; got 0.0"),
         ({"peers": "s2attn,fa9"}, "peers must be some of .*, or have a path; got 'fa9'"),

@@ -92,7 +92,7 @@ def test_show_draws_heads_that_differ_of_the_layer_that_is_asked_for() -> None:
         ),
         (
             ["bench", "run", "sleep"],
-            "s2attn: suites must be some of forward, backward, train, prefill, decode, inference, select; got 'sleep'",
+            "s2attn: suites must be some of forward, backward, train, prefill, decode, inference, select, hyper; got 'sleep'",
         ),
         (["bench", "compare", "nothing.json"], "s2attn: [Errno 2] No such file or directory: 'nothing.json'"),
         (["bench", "cpu", "--out", "."], "s2attn: --out must name a file; got ."),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from s2attn.backends.base import Reduction
 from s2attn.backends.portable import score
 from s2attn.ops import antidiagonal
 
@@ -84,6 +86,24 @@ def test_does_not_depend_on_how_it_is_cut(seqlen_q, seqlen_k, stride, causal, at
     torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
     repeated = antidiagonal(q, k.repeat_interleave(2, dim=2), **settings_)
     torch.testing.assert_close(repeated, whole, atol=1e-5, rtol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, result.numel()) if isinstance(result, torch.Tensor) else self.numel
+        return result
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_reduced_grid_never_lies_in_memory_as_a_whole(causal, monkeypatch):
+    q, k = tensors(1, 2048, 2048, 2, 1)
+    monkeypatch.setattr(score, "_AT_ONCE", 1 << 16)
+    with LargestTensor() as largest:
+        score.block_mass(q, k, Reduction(4, 32, causal, 0.35))
+    assert q.numel() <= largest.numel <= 1 << 16 < 2 * (2048 // 4) ** 2 // 4
 
 
 @pytest.mark.parametrize("chunk", [64, 128])

@@ -10,8 +10,9 @@ from torch.nn.functional import pad
 
 from s2attn.backends.base import Reduction
 
-_AT_ONCE = 1 << 22  # logits of one KV head that are in memory together
-_CAUSAL_TILES = 8
+_AT_ONCE = 1 << 21  # logits of one KV head that are in memory together
+_CAUSAL_TILES = 32
+_LEAST_ROWS = 128  # of one product, all heads of a KV head together: smaller ones are slow
 
 
 def block_mass(q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
@@ -25,74 +26,92 @@ def block_mass(q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
     for b in range(batch):
         for g in range(kv_heads):
             of_group = slice(g * group, (g + 1) * group)
-            one = _Reduced.of(q[b, :, of_group].transpose(0, 1), k[b, :, g], reduction)
-            one.write_mass(mass[b, of_group], block // reduction.stride)
+            _Reduced.of(q[b, :, of_group], k[b, :, g], reduction).write_mass(mass[b, of_group])
     return mass
 
 
 @dataclass(frozen=True, eq=False)
 class _Reduced:
-    """The reduced grid of one KV head: ``(group, query groups, stride * D)`` and ``(key groups, stride * D)``, factors worked in.
+    """The reduced grid of one KV head, factors worked in.
 
-    ``corner`` is what the logit of the two last groups still has to be multiplied by. When causal, query group i reads the key groups up
-    to ``reach + i``; otherwise ``reach`` is None.
+    ``q`` is ``(query blocks, groups per block, group, stride * D)``, so that the rows of some blocks, of all heads, are one matrix; groups
+    that do not exist hold zeros. ``k`` is ``(stride * D, key groups)``. ``corner`` is what the logit of the two last groups still has to
+    be multiplied by. When causal, query group i reads the key groups up to ``reach + i``; otherwise ``reach`` is None.
     """
 
     q: Tensor
     k: Tensor
+    groups_q: int
     corner: float
     softcap: float | None
     reach: int | None
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, reduction: Reduction) -> _Reduced:
-        (seqlen_q, width), seqlen_k, stride = q.shape[1:], k.shape[0], reduction.stride
-        groups_q, groups_k = -(-seqlen_q // stride), -(-seqlen_k // stride)
+        """From q ``(T, group, D)`` and k ``(S, D)``."""
+        (seqlen_q, heads, width), seqlen_k, stride = q.shape, k.shape[0], reduction.stride
+        groups_q, groups_k, per_block = -(-seqlen_q // stride), -(-seqlen_k // stride), reduction.block // stride
         short_q, short_k = seqlen_q - (groups_q - 1) * stride, seqlen_k - (groups_k - 1) * stride
-        whole = (groups_q - 1) * stride
-        # The last group turns around on its own: its last query comes first, and what is missing lies at the end.
-        turned = q[:, :whole].reshape(q.shape[0], groups_q - 1, stride, width).flip(2)
-        tail = pad(q[:, whole:].flip(1), (0, 0, 0, stride - short_q)).unsqueeze(1)
-        rows = torch.cat([turned, tail], dim=1).reshape(q.shape[0], groups_q, stride * width).float() * (reduction.scale / stride)
-        columns = pad(k, (0, 0, 0, stride - short_k)).reshape(groups_k, stride * width).float()
+        # One of the two turns around: the keys, which are fewer. A short group then ends where whole ones do, and begins with zeros.
+        blocks, whole = -(-groups_q // per_block), seqlen_q // reduction.block
+        make = torch.empty if whole == blocks else torch.zeros
+        rows = make(blocks, per_block, heads, stride, width, dtype=torch.float32, device=q.device)
+        by_token, tokens = rows.permute(0, 1, 3, 2, 4), whole * reduction.block
+        by_token[:whole] = q[:tokens].view(whole, per_block, stride, heads, width)
         # Means over the pairs that exist: 1/a in short rows, 1/b in short columns, and 1/min(a, b) where they meet.
-        rows = torch.cat([rows[:, :-1], rows[:, -1:] * (stride / short_q)], dim=1)
-        columns = torch.cat([columns[:-1], columns[-1:] * (stride / short_k)])
+        if whole < blocks:
+            full = (seqlen_q - short_q - tokens) // stride
+            by_token[whole, :full] = q[tokens : seqlen_q - short_q].view(full, stride, heads, width)
+            by_token[whole, full, stride - short_q :] = q[seqlen_q - short_q :] * (stride / short_q)
+        columns = torch.zeros(groups_k, stride, width, dtype=torch.float32, device=k.device)
+        columns[: groups_k - 1] = k[: seqlen_k - short_k].view(groups_k - 1, stride, width).flip(1)
+        columns[groups_k - 1, stride - short_k :] = k[seqlen_k - short_k :].flip(0)
+        columns[groups_k - 1] *= stride / short_k
+        columns *= reduction.scale / stride
         reach = reduction.reach(seqlen_q, seqlen_k) if reduction.causal else None
-        return cls(rows, columns, max(short_q, short_k) / stride, reduction.softcap, reach)
+        corner = max(short_q, short_k) / stride
+        return cls(rows.flatten(3), columns.flatten(1).transpose(0, 1), groups_q, corner, reduction.softcap, reach)
 
-    def write_mass(self, out: Tensor, per_block: int) -> None:
-        """Fill ``out (group, query blocks, key blocks)``, which is 0, with the mass of blocks of ``per_block`` groups."""
-        heads, groups_q = self.q.shape[:2]
-        blocks = max(1, _AT_ONCE // (heads * len(self.k) * per_block))
+    def write_mass(self, out: Tensor) -> None:
+        """Fill ``out (group, query blocks, key blocks)``, which is 0."""
+        blocks, per_block, heads, _ = self.q.shape
+        step = max(1, _AT_ONCE // (heads * self.k.shape[1] * per_block))
         if self.reach is not None:  # a tile is as wide as its last row, so tall ones would waste half of the work
-            blocks = min(blocks, -(-groups_q // (per_block * _CAUSAL_TILES)))
-        height = blocks * per_block
-        for at in range(0, groups_q, height):
-            end = min(groups_q, at + height)
-            width = len(self.k) if self.reach is None else min(len(self.k), self.reach + end)
+            least = -(-_LEAST_ROWS // (heads * per_block))
+            step = min(step, max(least, -(-blocks // _CAUSAL_TILES)))
+        for at in range(0, blocks, step):
+            end = min(blocks, at + step)
+            width = self.k.shape[1] if self.reach is None else min(self.k.shape[1], self.reach + min(self.groups_q, end * per_block))
             if width > 0:
-                part = _block_sums(self._softmax(at, end, width), per_block)
-                first = at // per_block
-                out[:, first : first + part.shape[1], : part.shape[2]] = part
+                part = _block_sums(self._softmax(at, end, width))
+                out[:, at:end, : part.shape[2]] = part.transpose(0, 1)
 
     def _softmax(self, at: int, end: int, width: int) -> Tensor:
-        """Rows ``at .. end - 1`` of the softmax, their first ``width`` columns; the others are 0."""
-        logits = self.q[:, at:end] @ self.k[:width].transpose(0, 1)
-        if end == self.q.shape[1] and width == len(self.k):
-            logits[:, -1, -1] *= self.corner
+        """Rows of blocks ``at .. end - 1`` of the softmax, their first ``width`` columns; the others are 0."""
+        some = self.q[at:end]
+        logits = (some.flatten(0, 2) @ self.k[:, :width]).view(*some.shape[:3], width)
+        per_block, last = some.shape[1], self.groups_q - (end - 1) * some.shape[1]
+        if last <= per_block and width == self.k.shape[1]:
+            logits[-1, last - 1, :, -1] *= self.corner
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.reach is None:
-            return torch.softmax(logits, dim=-1)
-        row = torch.arange(at, end, device=logits.device)[:, None]
-        unseen = torch.arange(width, device=logits.device) > row + self.reach
-        # A row that sees nothing becomes NaN here, and 0 where it is unseen; NaN of an input stays what it is.
-        return torch.softmax(logits.masked_fill_(unseen, -torch.inf), dim=-1).masked_fill_(unseen, 0.0)
+            weights = torch.softmax(logits, dim=-1)
+        else:
+            # What all rows see is left alone.
+            edge = min(width, max(0, at * per_block + self.reach + 1))
+            row = torch.arange(at * per_block, end * per_block, device=logits.device).view(end - at, per_block, 1, 1)
+            unseen = torch.arange(edge, width, device=logits.device) > row + self.reach
+            logits[..., edge:].masked_fill_(unseen, -torch.inf)
+            weights = torch.softmax(logits, dim=-1)
+            # A row that sees nothing has become NaN, and is 0 where it is unseen; NaN of an input stays what it is.
+            weights[..., edge:].masked_fill_(unseen, 0.0)
+        weights[-1, last:] = 0.0
+        return weights
 
 
-def _block_sums(weights: Tensor, per_block: int) -> Tensor:
-    """``(heads, rows, columns)`` summed over squares of ``per_block``; the last ones may be cut."""
-    heads, rows, columns = weights.shape
-    weights = pad(weights, (0, -columns % per_block, 0, -rows % per_block))
-    return weights.view(heads, -(-rows // per_block), per_block, -(-columns // per_block), per_block).sum(dim=(2, 4))
+def _block_sums(weights: Tensor) -> Tensor:
+    """``(blocks, heads, column blocks)`` of ``(blocks, groups per block, heads, columns)``; the last columns may be cut."""
+    per_block, columns = weights.shape[1], weights.shape[3]
+    # Rows first: that is one pass in the order of memory, and leaves little.
+    return pad(weights.sum(dim=1), (0, -columns % per_block)).unflatten(2, (-1, per_block)).sum(dim=3)
