@@ -70,6 +70,7 @@ __all__ = [
     "store_kv",
     "stream",
     "warmup",
+    "warmup_decode",
 ]
 
 # The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
@@ -86,6 +87,7 @@ _LAZY = {
     "plot": "s2attn.lab.plot",
     "store_kv": "s2attn.ops.store",
     "stream": "s2attn.nn.generation",
+    "warmup_decode": "s2attn.ops.warmup_decode",
 }
 
 

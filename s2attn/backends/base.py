@@ -179,6 +179,10 @@ class Backend(ABC):
         """
         raise Unsupported(f"the {self.name} backend cannot decode", {self.name: self.paged_objections(q, pages)})
 
+    def warmup_paged(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> None:
+        """Compile and load what :meth:`forward_paged` runs for such tensors in any batch. Plain torch has nothing to compile."""
+        return
+
     def store_objections(self, new: Writes) -> list[str]:
         """Every reason why this backend cannot write such tokens into pages; empty when it can."""
         return ["it does not write to pages"]

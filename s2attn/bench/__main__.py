@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     tune = commands.add_parser("tune", help="measure which tiles are the fastest on this GPU, and write the table")
     tune.add_argument("--out", type=Path, default=None, help="folder for the table; the variable OUT, or the package's own, when left out")
-    tune.add_argument("--ops", default="forward,dq,dkv", help="separated by commas")
+    tune.add_argument("--ops", default="forward,dq,dkv,decode", help="separated by commas")
     tune.add_argument("--dims", default="128,64", help="head widths, separated by commas")
     tune.add_argument("--blocks", default="64,128,32", help="tokens per block, separated by commas")
     tune.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")

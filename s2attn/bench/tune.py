@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.backends import Scoring
-from s2attn.backends.triton import launch
 from s2attn.backends.triton.backend import gpu_facts, triton_version
 from s2attn.backends.triton.table import PACKAGED, Situation, file_name, write_table
 from s2attn.backends.triton.tiles import Tiles
-from s2attn.backends.triton.ways import Prepared, Way, objections
-from s2attn.bench.candidates import RANGES, Target, candidates, check_density, fallback, small_target, targets
-from s2attn.bench.clock import Meter, Timing, time_in_turn
+from s2attn.bench.benches import Bench
+from s2attn.bench.candidates import FINALISTS, Target, candidates, check_density, compiled_ahead, fallback, refined, small_target, targets
+from s2attn.bench.clock import Call, Meter, Timing, time_in_turn
 from s2attn.bench.host import host_facts
+from s2attn.bench.rows import one_line
 from s2attn.core import bad_value
 
 Note = Callable[[str], None]
-FINALISTS = 5
 
 
 @dataclass(frozen=True)
@@ -38,107 +37,77 @@ class Measured:
     facts: dict[str, Any]
 
 
-class Bench:
-    """The tensors and the layout of one target, and its kernel over them with any tiles.
+class Contest:
+    """Candidates for one target: those that compute the right results are timed in turn."""
 
-    Args:
-        device: of the layout.
-        make: a tensor ``(1, seqlen, heads, width)`` of the target's dtype, for so many heads and such a width.
-    """
+    def __init__(self, target: Target, device: torch.device, shared_limit: int, meter: Meter):
+        self.meter, self.bench, self.first = meter, Bench.random(target, device), fallback(target.situation, shared_limit)
+        check_density(target, self.bench.layout)
+        self.bench.begin(shared_limit)
+        self.expected = {name: call() for name, call in self.bench.calls(self.first).items()}
+        self.ready: dict[Tiles, dict[str, Call]] = {}
+        self.refused: list[str] = []
 
-    def __init__(self, target: Target, device: torch.device, make: Callable[[int, int], Tensor]):
-        s = target.situation
-        self.target, self.layout = target, target.layout(device)
-        self.q, self.k, self.v = make(target.heads, s.head_dim), make(target.kv_heads, s.head_dim), make(target.kv_heads, s.v_dim)
-        self.dout, self.scoring = make(target.heads, s.v_dim), Scoring(s.head_dim**-0.5)
-        self.lse = self.delta = torch.empty(1, target.heads, target.seqlen, device=self.q.device)
-        self.prepared, self.ways = Prepared(), list[Way]()
+    def enter(self, tiles: Tiles) -> None:
+        """Check a candidate; one that does not fit, does not compile or is wrong must not end the run."""
+        try:
+            calls = self.bench.calls(tiles)
+            for name, call in calls.items():
+                check_results(self.expected[name], call())
+            if self.bench.lost:
+                raise ArithmeticError("the compiler did not specialise the warps")
+            self.ready[tiles] = {name: self._armed(call) for name, call in calls.items()}
+        except Exception as error:
+            self.refused.append(f"{words_of(tiles)}: {one_line(error)}"[:200])
 
-    @classmethod
-    def random(cls, target: Target, device: torch.device) -> Bench:
-        """Normal numbers on the layout's device."""
-        generator = torch.Generator(device).manual_seed(0)
-        return cls(
-            target, device, lambda heads, width: torch.randn(
-                1, target.seqlen, heads, width, generator=generator, device=device
-            ).to(target.dtype)
-        )  # fmt: skip
+    def _armed(self, call: Call) -> Call:
+        return self.meter.arm(call, lambda: None, graph=True).call if self.bench.graph else call
 
-    @classmethod
-    def hollow(cls, target: Target, device: torch.device) -> Bench:
-        """Tensors without memory: kernels are compiled for them, and not started."""
-        return cls(target, device, lambda heads, width: torch.empty(1, target.seqlen, heads, width, dtype=target.dtype, device="meta"))
-
-    def begin(self, tiles: Tiles, rows: Tiles) -> list[Tensor]:
-        """What the backward kernels need of the forward pass, and the results with the fallback tiles.
-
-        Args:
-            tiles: the fallback of this op; ``rows`` that of the forward pass.
-        """
-        out, self.lse = self.way("forward", rows).forward(self.q, self.k, self.v, self.layout, self.scoring)
-        self.delta = launch.delta(out, self.dout, self.lse, None, self.prepared.starts)
-        return self.call(tiles)()
-
-    def way(self, op: str, tiles: Tiles) -> Way:
-        """A kernel with these tiles.
-
-        Raises:
-            ValueError: one in another form is wanted and cannot serve.
-        """
-        way = Way.of(op, tiles, self.q, self.k, self.v, self.layout, self.scoring, self.prepared)
-        self.ways.append(way)
-        if tiles.form != "plain" and way.special is None:
-            raise bad_value(tiles.form, "must be able to serve", "; ".join(
-                objections(op, tiles.form, self.q, self.k, self.v, self.layout, self.scoring)
-            ) or f"device {self.layout.device}")  # fmt: skip
-        return way
-
-    def call(self, tiles: Tiles) -> Callable[[], list[Tensor]]:
-        """One start of the target's kernel with these tiles."""
-        op = self.target.situation.op
-        way, inputs, rest = self.way(op, tiles), (self.q, self.k, self.v), (self.layout, self.scoring)
-        if op == "forward":
-            return lambda: list(way.forward(*inputs, *rest))
-        backward = (*inputs, self.dout, self.lse, self.delta, *rest)
-        if op == "dq":
-            return lambda: [way.dq(*backward)]
-        return lambda: list(way.dkv(*backward))
+    def time(self, candidates: Sequence[Tiles], rounds: int) -> dict[Tiles, dict[str, Timing]]:
+        """Time those that are ready, in turn, problem by problem."""
+        found: dict[Tiles, dict[str, Timing]] = {tiles: {} for tiles in candidates if tiles in self.ready}
+        for name in self.expected:
+            named = {words_of(tiles): self.ready[tiles][name] for tiles in found}
+            timings = time_in_turn(named, rounds=rounds, min_rounds=min(rounds, 3), measure=self.meter.seconds)
+            for tiles, timing in found.items():
+                timing[name] = timings[words_of(tiles)]
+        return found
 
 
 def tune_target(target: Target, device: torch.device, shared_limit: int, meter: Meter, *, tiny: bool = False) -> Measured:
     """Measure all candidates in turn, then the best of them against the fallback for longer."""
-    bench, first = Bench.random(target, device), fallback(target.situation, shared_limit)
-    check_density(target, bench.layout)
-    rows = fallback(replace(target.situation, op="forward"), shared_limit)
-    expected = bench.begin(first, rows)
-    calls: dict[Tiles, Callable[[], list[Tensor]]] = {}
-    refused: list[str] = []
-    wanted = candidates(target.situation, shared_limit, tiny=tiny)
-    for tiles in wanted:
-        try:
-            call = bench.call(tiles)
-            check_results(expected, call())
-            if bench.ways[-1].special is not None and bench.ways[-1].special.lost:
-                raise ArithmeticError("the compiler did not specialise the warps")
-            calls[tiles] = call
-        except Exception as error:  # tiles that do not fit, do not compile or are wrong must not end the run
-            refused.append(f"{_words(tiles)}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200])
-    quick = _in_turn(calls, meter, rounds=2 if tiny else 4)
-    best = sorted(calls, key=lambda tiles: quick[tiles].median_s)[:FINALISTS]
-    if target.situation.density == "sparse" and target.situation.op != "dkv" and not tiny:
-        ranged = [replace(best[0], key_range=tokens, form="plain") for tokens in RANGES if tokens < target.seqlen]
-        for tiles in ranged:
-            calls[tiles] = bench.call(tiles)
-            check_results(expected, calls[tiles]())
-        best += ranged
-    final = _in_turn({tiles: calls[tiles] for tiles in dict.fromkeys([first, *best])}, meter, rounds=3 if tiny else 15)
-    winner = min(final, key=lambda tiles: final[tiles].median_s)
-    facts = {
-        "median_s": final[winner].median_s, "p20_s": final[winner].p20_s, "p80_s": final[winner].p80_s,
-        "fallback_s": final[first].median_s, "fallback": _words(first), "tried": len(calls), "refused": refused,
+    contest = Contest(target, device, shared_limit, meter)
+    for tiles in candidates(target.situation, shared_limit, tiny=tiny):
+        contest.enter(tiles)
+    quick = contest.time(list(contest.ready), rounds=2 if tiny else 4)
+    best = sorted(quick, key=lambda tiles: overall(quick[tiles]).median_s)[:FINALISTS]
+    more = refined(target, best, tiny=tiny)
+    for tiles in more:
+        contest.enter(tiles)
+    final = contest.time(list(dict.fromkeys([contest.first, *best, *more])), rounds=2 if tiny else 15)
+    winner = min(final, key=lambda tiles: overall(final[tiles]).median_s)
+    timing, untuned = overall(final[winner]), final[contest.first]
+    facts: dict[str, Any] = {
+        "median_s": timing.median_s, "p20_s": timing.p20_s, "p80_s": timing.p80_s,
+        "fallback_s": overall(untuned).median_s, "fallback": words_of(contest.first),
+        "tried": len(contest.ready), "refused": contest.refused,
         "pattern": repr(target.pattern), "seqlen": target.seqlen, "heads": target.heads, "kv_heads": target.kv_heads,
     }  # fmt: skip
+    if len(untuned) > 1:
+        each = {name: {"median_s": found.median_s, "fallback_s": untuned[name].median_s} for name, found in final[winner].items()}
+        facts["problems"] = each
     return Measured(target, winner, facts)
+
+
+def overall(timings: Mapping[str, Timing]) -> Timing:
+    """One timing for several problems: geometric means, so that halving the time of any of them counts the same.
+
+    >>> overall({"short": Timing(1.0, 1.0, 1.0, 9), "long": Timing(100.0, 100.0, 100.0, 5)})
+    Timing(median_s=10.0, p20_s=10.0, p80_s=10.0, runs=5)
+    """
+    mean = lambda numbers: prod(numbers) ** (1 / len(timings))  # noqa: E731
+    each = timings.values()
+    return Timing(mean(t.median_s for t in each), mean(t.p20_s for t in each), mean(t.p80_s for t in each), min(t.runs for t in each))
 
 
 def check_results(expected: list[Tensor], got: list[Tensor]) -> None:
@@ -196,7 +165,7 @@ def tune(
         try:
             done.append(tune_target(target, device, shared_limit, meter, tiny=tiny))
         except Exception as error:
-            done.append(Measured(target, None, {"why": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]}))
+            done.append(Measured(target, None, {"why": one_line(error)}))
         rows = [(m.target.situation, m.tiles, m.facts) for m in done if m.tiles is not None]
         write_table(path, name, rows, {"host": facts, "seconds": time.perf_counter() - began})
         meter.tidy()
@@ -205,7 +174,7 @@ def tune(
 
 def compile_ahead(wanted: Sequence[Target], shared_limit: int, *, workers: int | None, limit_s: float) -> None:
     """Fill Triton's cache on disk from several processes, since compiling takes longer than measuring."""
-    jobs = {(t.situation, tiles): None for t in wanted for tiles in candidates(t.situation, shared_limit)}
+    jobs = dict.fromkeys(job for t in wanted for job in compiled_ahead(t.situation, shared_limit))
     ends = time.time() + limit_s
     with ProcessPoolExecutor(workers or max((os.cpu_count() or 4) - 2, 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, list(jobs), [ends] * len(jobs), chunksize=4))
@@ -217,15 +186,11 @@ def compile_one(job: tuple[Situation, Tiles], ends: float) -> None:
         return
     situation, tiles = job
     try:
-        Bench.hollow(small_target(situation), torch.device("cuda", torch.cuda.current_device())).call(tiles)()
+        bench = Bench.hollow(small_target(situation), torch.device("cuda", torch.cuda.current_device()))
+        for call in bench.calls(tiles).values():
+            call()
     except Exception:
         return
-
-
-def _in_turn(calls: dict[Tiles, Callable[[], list[Tensor]]], meter: Meter, rounds: int) -> dict[Tiles, Timing]:
-    named = {_words(tiles): call for tiles, call in calls.items()}
-    timings = time_in_turn(named, rounds=rounds, min_rounds=min(rounds, 3), measure=meter.seconds)
-    return {tiles: timings[_words(tiles)] for tiles in calls}
 
 
 def _meter(on_gpu: bool) -> Meter:
@@ -236,15 +201,16 @@ def _meter(on_gpu: bool) -> Meter:
     return CudaMeter()
 
 
-def _words(tiles: Tiles) -> str:
+def words_of(tiles: Tiles) -> str:
     """
-    >>> _words(Tiles(64, 32, 4, 3))
+    >>> words_of(Tiles(64, 32, 4, 3))
     '64x32, 4 warps, 3 stages'
     """
     if tiles.form != "plain":
         return tiles.form
     ranged = f", ranges of {tiles.key_range}" if tiles.key_range else ""
-    return f"{tiles.line_tokens}x{tiles.listed_tokens}, {tiles.num_warps} warps, {tiles.num_stages} stages{ranged}"
+    cut = f", {tiles.cut}" if tiles.cut else ""
+    return f"{tiles.line_tokens}x{tiles.listed_tokens}, {tiles.num_warps} warps, {tiles.num_stages} stages{ranged}{cut}"
 
 
 def tune_lines(done: Sequence[Measured]) -> list[str]:
@@ -255,7 +221,7 @@ def tune_lines(done: Sequence[Measured]) -> list[str]:
             lines.append(f"{m.target.name}: not measured: {m.facts['why']}")
         else:
             gain = m.facts["fallback_s"] / m.facts["median_s"]
-            lines.append(f"{m.target.name}: {_words(m.tiles)}, {m.facts['median_s'] * 1e3:.3f} ms, {gain:.2f}x the untuned")
+            lines.append(f"{m.target.name}: {words_of(m.tiles)}, {m.facts['median_s'] * 1e3:.3f} ms, {gain:.2f}x the untuned")
     return lines
 
 

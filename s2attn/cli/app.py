@@ -80,7 +80,7 @@ def generate(
 @app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder for the table; the variable OUT, or the package's own, when left out.")] = None,
-    ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv",
+    ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv,decode",
     dims: Annotated[str, typer.Option(help="Head widths, separated by commas.")] = "128,64",
     blocks: Annotated[str, typer.Option(help="Tokens per block, separated by commas.")] = "64,128,32",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",

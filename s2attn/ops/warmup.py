@@ -55,20 +55,12 @@ def warmup(
     >>> from s2attn import Window
     >>> warmup(Window(8), seqlen=64, num_heads=2, head_dim=16, device="cpu")
     """
-    if not isinstance(pattern, Pattern):
-        raise bad_kind("pattern", "must be a Pattern", pattern)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise bad_kind("dtype", "must be a floating point torch.dtype", dtype)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    sizes = {"batch": batch, "seqlen": seqlen, "num_heads": num_heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-    for name, size in sizes.items():
-        check_int(name, size, 1)
+    check_shapes(pattern, dtype, num_heads, kv_heads, {"batch": batch, "seqlen": seqlen, "head_dim": head_dim})
     width = head_dim if v_dim is None else check_int("v_dim", v_dim, 1)
-    if num_heads % kv_heads:
-        raise bad_value("num_kv_heads", f"must divide num_heads ({num_heads})", kv_heads)
     if block is not None:
         check_block("block", block)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = usual_device(device)
     shapes = [(batch, seqlen, h, d) for h, d in ((num_heads, head_dim), (kv_heads, head_dim), (kv_heads, width))]
     # One number stands for all of them where tensors of this device are asked for, none where kernels are compiled.
     q, k, v = (torch.empty(1, dtype=dtype, device=where).expand(shape) for shape in shapes)
@@ -79,3 +71,20 @@ def warmup(
     scoring = Scoring(check_scale(scale, head_dim), check_softcap(softcap) or None, logits)
     q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
     chosen.warmup(q, k, v, layout, scoring, backward)
+
+
+def check_shapes(pattern: Pattern, dtype: torch.dtype, num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> None:
+    """What every warm-up is told: the kinds of a pattern and a dtype, and ``sizes`` by their names."""
+    if not isinstance(pattern, Pattern):
+        raise bad_kind("pattern", "must be a Pattern", pattern)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise bad_kind("dtype", "must be a floating point torch.dtype", dtype)
+    for name, size in {**sizes, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
+        check_int(name, size, 1)
+    if num_heads % num_kv_heads:
+        raise bad_value("num_kv_heads", f"must divide num_heads ({num_heads})", num_kv_heads)
+
+
+def usual_device(device: torch.device | str | None) -> torch.device:
+    """The device that is named, or the current CUDA device if there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from s2attn.backends.triton import table
+from s2attn.backends import Pages, Requests, Scoring
+from s2attn.backends.triton import Triton, table
 from s2attn.backends.triton.table import Situation, file_name, read_table, tuned_tiles, write_table
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
 from s2attn.bench import tune as tuning
-from s2attn.bench.candidates import candidates, check_density, fallback, targets
-from s2attn.bench.tune import check_results, run_tune, tune, tune_lines
+from s2attn.bench.candidates import candidates, check_density, compiled_ahead, fallback, refined, small_target, targets
+from s2attn.bench.clock import Timing
+from s2attn.bench.paged import Batch
+from s2attn.bench.tune import check_results, overall, run_tune, tune, tune_lines
+from s2attn.schedule.cuts import LEAST_TOKENS
 
 SITUATION = Situation("forward", "bfloat16", 128, 128, 64, "medium")
 
@@ -20,12 +25,13 @@ SITUATION = Situation("forward", "bfloat16", 128, 128, 64, "medium")
 def test_the_most_used_situations_come_first_and_each_once():
     wanted = targets(dims=[64, 128], blocks=[32, 64, 128])
     assert wanted[0].situation == SITUATION
-    assert len({target.situation for target in wanted}) == len(wanted) == 2 * 3 * 3 * 3
+    assert len({target.situation for target in wanted}) == len(wanted) == 2 * 3 * 3 * 4
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_problems_lie_in_their_class_of_density(block):
-    for target in targets(dims=[64], blocks=[block], ops=["dq"]) + targets(dims=[16], blocks=[block], ops=["dq"], tiny=True):
+    ops = ["dq", "decode"]
+    for target in targets(dims=[64], blocks=[block], ops=ops) + targets(dims=[16], blocks=[block], ops=ops, tiny=True):
         check_density(target, target.layout(torch.device("cpu")))
 
 
@@ -85,6 +91,57 @@ def interpreted():
     pytest.importorskip("triton", reason="triton is not installed")
 
 
+def test_decoding_is_measured_on_few_and_many_sequences_of_both_page_sizes():
+    for target in targets(dims=[128], blocks=[64], ops=["decode"]):
+        cases = target.cases
+        assert {(case.batch, case.page_size) for case in cases} == {(b, p) for b in (1, 16, 64) for p in (16, 64)}
+        assert all((case.pattern, case.heads, case.kv_heads, case.head_dim) == (target.pattern, 32, 8, 128) for case in cases)
+        assert all(max(case.lengths) == target.seqlen == 32768 for case in cases)
+
+
+def test_every_way_of_cutting_is_tried_with_the_best_tiles_and_compiled_ahead():
+    (target,) = targets(dims=[128], blocks=[64], ops=["decode"])[:1]
+    found = candidates(target.situation, 232448)
+    assert refined(target, found[:2]) == [replace(tiles, cut=cut) for tiles in found[:2] for cut in ("direct", "split", "stream")]
+    ahead = compiled_ahead(target.situation, 232448)
+    assert {(tiles.listed_tokens, tiles.num_warps, tiles.num_stages, tiles.cut) for _, tiles in ahead} == {
+        (tiles.listed_tokens, tiles.num_warps, tiles.num_stages, cut) for tiles in found for cut in ("split", "stream")
+    }
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_lists_are_cut_where_decoding_is_compiled_ahead(block):
+    """A problem so small that nothing is cut would compile no kernel that joins."""
+    for target in targets(dims=[128], blocks=[block], ops=["decode"]):
+        small = small_target(target.situation)
+        assert {case.page_size for case in small.cases} == {16, 64}
+        assert int(small.layout(torch.device("cpu")).rows.counts.max()) * block >= 2 * LEAST_TOKENS
+
+
+def test_one_timing_stands_for_all_problems():
+    one, other = Timing(2.0, 1.0, 4.0, 15), Timing(8.0, 4.0, 16.0, 9)
+    assert overall({"": one}) == one
+    assert overall({"a": one, "b": other}) == Timing(4.0, 2.0, 8.0, 9)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+def test_tiles_for_decoding_are_written_and_found_again(tmp_path, interpreted, monkeypatch):
+    wanted = targets(dims=[16], blocks=[16], ops=["decode"], dtype="float32", tiny=True)[:1]
+    path, (measured,) = tune(wanted, tmp_path, tiny=True)
+    assert measured.tiles is not None, tune_lines([measured])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["tried"] == 5 and not row["refused"] and row["median_s"] <= row["fallback_s"]
+    assert list(row["problems"]) == ["1 sequence, pages of 16", "2 sequences, ragged, pages of 32"]
+    # A launch over the same rows looks for this very row.
+    seen = []
+    backend = Triton(lambda wanted, *more: seen.append(wanted) or read_table(path)[wanted])
+    layout, case = wanted[0].layout(torch.device("cpu")), wanted[0].cases[0]
+    batch = Batch.of(case)
+    pages, requests = Pages(batch.k_pages, batch.v_pages, batch.block_table[:, None]), Requests(batch.seq_lens, None)
+    backend.forward_paged(batch.q, pages, requests, layout, Scoring(0.25))
+    assert seen == [measured.target.situation]
+
+
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 def test_a_small_run_writes_its_table_row_by_row(tmp_path, interpreted, monkeypatch):
     wanted = targets(dims=[16], blocks=[16], dtype="float32", tiny=True)[:3]
@@ -109,7 +166,7 @@ def test_words_of_the_command_line_are_checked():
     for change, words in (
         ({"size": "huge"}, "--size must be one of full, tiny"),
         ({"dims": "64,x"}, "--dims must be numbers"),
-        ({"ops": "softmax"}, "ops must be some of forward, dq, dkv"),
+        ({"ops": "softmax"}, "ops must be some of forward, dq, dkv, decode"),
         ({"blocks": "48"}, "blocks must be"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -147,3 +147,32 @@ def test_a_captured_step_follows_its_lengths(form, usual, device, sized, cut_as)
         slots[lengths == 0] = -1
         got = [x.clone() for x in replay()]
         near(got, cache.decode(q, PATTERNS["S2"], lengths, backend="portable"))
+
+
+@pytest.mark.parametrize("q_len", [1, None])
+def test_a_prepared_step_is_captured_at_once(q_len, usual, device, sized):
+    """Nothing but the warm-up comes before the capture: lists are made, kernels compiled and loaded."""
+    pattern, width = Local(3) | Stride(5), sized(128, 16)
+    cache = Cache(device, usual, 3, sized(512, 4), 16, width)
+    shape = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": width, "page_size": 16, "dtype": usual, "device": device}
+    s2attn.warmup_decode(pattern, max_tokens=cache.room, q_len=q_len, **shape, backend="triton")
+    k, v = (torch.randn(3, KV_HEADS, width, device=device).to(usual) for _ in range(2))
+    q = torch.randn(3, 1, HEADS, width, device=device).to(usual)
+    lengths, more = torch.tensor([cache.room, 40, 1], device=device).int(), {}
+    if q_len is None:
+        q, more = q[:, 0], {"cu_seqlens_q": torch.arange(4, device=device).int()}
+    slots = cache.table[:, 0].long() * 16
+
+    def step():
+        s2attn.store_kv(k, v, cache.k, cache.v, slots, backend="triton", validate=False)
+        return cache.decode(q, pattern, lengths, validate=False, **more)
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        graph.replay()
+    else:
+        got = step()
+    near(got, cache.decode(q, pattern, lengths, backend="portable", **more))

@@ -172,6 +172,28 @@ def hopper(driver: RecordingDriver) -> Any:
     return {"forms": forms, "grids": grids, "kernels": [one[0] for one in passed[0]], "same": all(one == passed[0] for one in passed)}
 
 
+def ahead(driver: RecordingDriver) -> Any:
+    """What `s2attn tune` compiles ahead for decoding, and what its small and its full problems compile beyond that; what they launch."""
+    from s2attn.bench.benches import Bench
+    from s2attn.bench.candidates import compiled_ahead, small_target, targets
+    from s2attn.kernels.decode import count_kernel, decode_kernel, reduce_kernel
+
+    kernels = (decode_kernel, count_kernel, reduce_kernel)
+    forms = lambda: [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]  # noqa: E731
+    (target,) = targets(dims=[64], blocks=[64], ops=["decode"], dtype="float16")[1:2]
+    ((situation, tiles),) = compiled_ahead(target.situation, 232448)[1:2]
+    small, counts = small_target(situation), []
+    for bench in (
+        Bench.hollow(small, torch.device("cpu")),
+        Bench.random(small, torch.device("cpu")),
+        Bench.hollow(target, torch.device("cpu")),
+    ):
+        for run in bench.calls(tiles).values():
+            run()
+        counts.append(forms())
+    return {"cut": tiles.cut, "forms": counts, "launched": [one.kernel for one in taken(driver)]}
+
+
 def unaligned(driver: RecordingDriver) -> Any:
     """Calls whose q begins 0, 1 and 0 elements after an aligned address: compiled forms, addresses, and what is kept of them."""
     x, layout, backend = tensors(1, 200), build_layout(Local(2), 4, 2, 200), Triton()
@@ -238,6 +260,8 @@ if __name__ == "__main__":
     with recording() as shared:
         print(
             json.dumps(
-                {f.__name__: f for f in (lengths, arguments, hopper, unaligned, paged, strides, hooks, host_time)}[sys.argv[1]](shared)
+                {f.__name__: f for f in (lengths, arguments, hopper, ahead, unaligned, paged, strides, hooks, host_time)}[sys.argv[1]](
+                    shared
+                )
             )
         )

@@ -50,6 +50,13 @@ def test_hopper_kernels_start_like_the_others():
     assert set(found["kernels"]) == {*kernels, "delta_kernel"}
 
 
+def test_decoding_is_tuned_with_what_was_compiled_ahead():
+    found = recorded("ahead")
+    pages = 2
+    assert found["cut"] == "stream" and found["forms"] == [[pages, 1, 1]] * 3
+    assert found["launched"] == ["count_kernel", "decode_kernel", "reduce_kernel"] * pages
+
+
 def test_unaligned_tensors_are_never_taken_for_aligned_ones():
     found = recorded("unaligned")
     assert all(one["address"] for one in found)

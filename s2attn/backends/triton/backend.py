@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from weakref import WeakKeyDictionary
@@ -19,6 +20,7 @@ from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
 from s2attn.backends.triton.ways import Prepared, Way
 from s2attn.layout import Layout
+from s2attn.schedule import CUTS
 
 WIDEST = 256
 ABSENT = "triton is not installed; the extra named triton brings it"
@@ -94,13 +96,26 @@ class Triton(Backend):
         return by_row.dq(*given), *by_column.dkv(*given)
 
     def forward_paged(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        rows, tiles = self._listed(q, pages, layout, scoring)
+        with exact_arithmetic(q.device):
+            return decode(plan_decode(q, pages, requests, layout, scoring, tiles, rows, processors(q.device)))
+
+    def warmup_paged(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> None:
+        """Started on real tensors, since a kernel that is compiled alone would be loaded in the middle of a capture.
+
+        Where the table does not say how lists are cut, the batch does, so every way is taken.
+        """
+        rows, tiles = self._listed(q, pages, layout, scoring)
+        for cut in [tiles.cut] if tiles.cut else CUTS:
+            with exact_arithmetic(q.device):
+                decode(plan_decode(q, pages, requests, layout, scoring, replace(tiles, cut=cut), rows, processors(q.device)))
+
+    def _listed(self, q: Tensor, pages: Pages, layout: Layout, scoring: Scoring) -> tuple[Rows, Tiles]:
+        """What decoding reads of a layout, found once for each, and the tiles for such a call."""
         rows = self._rows.get(layout)
         if rows is None:
             rows = self._rows[layout] = Rows(layout)
-        wanted = situation("decode", q, pages.v, layout, rows.density)
-        tiles = self._choose(wanted, q.device, scoring.softcap is not None)
-        with exact_arithmetic(q.device):
-            return decode(plan_decode(q, pages, requests, layout, scoring, tiles, rows, processors(q.device)))
+        return rows, self._choose(situation("decode", q, pages.v, layout, rows.density), q.device, scoring.softcap is not None)
 
     def store_objections(self, new: Writes) -> list[str]:
         """Every reason why the kernel cannot write such tokens here."""
