@@ -19,6 +19,7 @@ from s2attn.bench.compare import Error, Group, bound_of, eager, errors, exact, s
 from s2attn.bench.journal import Journal, Row
 from s2attn.bench.peers import Sdpa, make_peers
 from s2attn.bench.rows import Effort, Skip, compared, refuse_wrong
+from s2attn.bench.selecting import beside_dense
 from s2attn.bench.turns import Ready, Turns, error_facts
 from s2attn.core import bad_value
 from s2attn.patterns import Dense
@@ -299,11 +300,6 @@ def _distance(own: Tensor, truth: Tensor) -> float:
     return float((own.double() - truth).norm() / truth.norm())
 
 
-def hyper_peers(case: HyperCase, device: str) -> list[str]:
-    """Who has a row in a case: dense attention in all its kinds on a graphics card, and as torch chooses it elsewhere."""
-    return [OURS, "cudnn", "flash"] if device == "cuda" else [OURS, "sdpa"]
-
-
 def run_hyper_case(
     case: HyperCase,
     effort: Effort,
@@ -317,7 +313,7 @@ def run_hyper_case(
     """Our row with its stages, beside dense attention: time behind a passed check, and the distance of the estimate from the truth."""
     meter = meter or Meter()
     turns, run = Turns(case.name, meter, journal or Journal(), deadline), Estimating(case, meter, seed, backend)
-    names = hyper_peers(case, meter.device)
+    names = beside_dense(case, meter.device)
     makers: dict[str, Callable[[], Ready]] = {name: (lambda name=name: run.dense(name)) for name in names if name != OURS}
     for name, make in {OURS: run.ours, **makers}.items():
         turns.enter(name, make)

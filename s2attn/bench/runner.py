@@ -18,14 +18,14 @@ from s2attn.bench.cases import AttentionCase, LayoutCase
 from s2attn.bench.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
 from s2attn.bench.compare import Error, Inputs, Oracle
 from s2attn.bench.decoding import decode_peers, run_decode_case
-from s2attn.bench.estimating import HyperCase, hyper_peers, run_hyper_case
+from s2attn.bench.estimating import HyperCase, run_hyper_case
 from s2attn.bench.host import host_facts
 from s2attn.bench.inference import InferenceCase, inference_peers, run_inference_case
 from s2attn.bench.journal import SCHEMA, Journal, Record, Row, write_record
 from s2attn.bench.paged import DecodeCase
 from s2attn.bench.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
 from s2attn.bench.rows import Effort, Skip, compared, one_line, refuse_wrong, still_there
-from s2attn.bench.selecting import SelectCase, run_select_case, select_peers
+from s2attn.bench.selecting import SelectCase, beside_dense, run_select_case
 from s2attn.bench.stack import StackCase
 from s2attn.bench.stacks import run_stack_case, stack_peers
 from s2attn.layout import build_layout, dense_pairs
@@ -36,8 +36,8 @@ OTHERS: dict[type, tuple[Callable[..., list[Row]], Callable[[Any, str], list[str
     StackCase: (run_stack_case, stack_peers),
     DecodeCase: (run_decode_case, decode_peers),
     InferenceCase: (run_inference_case, inference_peers),
-    SelectCase: (run_select_case, select_peers),
-    HyperCase: (run_hyper_case, hyper_peers),
+    SelectCase: (run_select_case, beside_dense),
+    HyperCase: (run_hyper_case, beside_dense),
 }
 """For cases that bring their own peers: what runs one, and who has a row in it."""
 AnyCase = AttentionCase | LayoutCase | StackCase | DecodeCase | SelectCase | HyperCase

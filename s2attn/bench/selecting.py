@@ -280,7 +280,7 @@ class Selecting:
         return multiply
 
 
-def select_peers(case: SelectCase, device: str) -> list[str]:
+def beside_dense(case: object, device: str) -> list[str]:
     """Who has a row in a case: dense attention in all its kinds on a graphics card, and as torch chooses it elsewhere."""
     return [OURS, "cudnn", "flash"] if device == "cuda" else [OURS, "sdpa"]
 
@@ -298,7 +298,7 @@ def run_select_case(
     """Our row with its three parts, beside dense attention: time behind a passed check, density, and the attention mass that is kept."""
     meter = meter or Meter()
     turns, run = Turns(case.name, meter, journal or Journal(), deadline), Selecting(case, meter, seed, backend)
-    names = select_peers(case, meter.device)
+    names = beside_dense(case, meter.device)
     makers: dict[str, Callable[[], Ready]] = {name: (lambda name=name: run.dense(name)) for name in names if name != OURS}
     for name, make in {OURS: run.ours, **makers, PRODUCT: lambda: Ready(run.product(), {}, graph=False)}.items():
         turns.enter(name, make)
