@@ -226,7 +226,7 @@ def measured(wanted: Sequence[Target], journal: Journal) -> list[Measured]:
 
 
 def compile_ahead(wanted: Sequence[Target], shared_limit: int, *, workers: int | None, limit_s: float, each: Callable[[], None]) -> None:
-    """Fill Triton's cache on disk from several processes, since compiling takes longer than measuring; ``each`` is called after each kernel."""
+    """Fill Triton's cache on disk from several processes, since compiling takes longer than measuring; ``each`` comes after each kernel."""
     jobs = dict.fromkeys(job for t in wanted for job in compiled_ahead(t.situation, shared_limit))
     ends = time.time() + limit_s
     with ProcessPoolExecutor(workers or max((os.cpu_count() or 4) - 2, 1), mp_context=get_context("spawn")) as pool:
