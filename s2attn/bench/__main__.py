@@ -54,10 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--size", default="full", help="full, or tiny for a first look on a CPU")
     tune.add_argument("--limit", type=float, default=540.0, help="seconds for everything together")
     tune.set_defaults(command=_tune)
-    hidden = commands.add_parser("work")
-    hidden.add_argument("job", type=Path)
-    hidden.add_argument("state", type=Path)
-    hidden.set_defaults(command=_work)
+    for name, command in (("work", _work), ("tune-work", _tune_work)):
+        hidden = commands.add_parser(name)
+        hidden.add_argument("job", type=Path)
+        hidden.add_argument("state", type=Path)
+        hidden.set_defaults(command=command)
     return parser
 
 
@@ -93,11 +94,19 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _tune(given: argparse.Namespace) -> int:
-    from s2attn.bench.tune import run_tune
+    from s2attn.bench.tune_session import run_tune
 
     names = ("out", "ops", "dims", "blocks", "dtype", "size", "limit")
-    print("\n".join(run_tune(**{name: getattr(given, name) for name in names}, note=lambda name: print(name, flush=True))))
+    # Told to end, end the watched process, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    print("\n".join(run_tune(**{name: getattr(given, name) for name in names})))
     return 0
+
+
+def _tune_work(given: argparse.Namespace) -> int:
+    from s2attn.bench.tune_session import main_tune_work
+
+    return main_tune_work(given.job, given.state)
 
 
 def _work(given: argparse.Namespace) -> int:

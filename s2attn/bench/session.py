@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch
 from s2attn.bench.estimating import hyper_suite
 from s2attn.bench.host import host_facts
 from s2attn.bench.inference import inference_suite
-from s2attn.bench.journal import SCHEMA, DeviceLost, Journal, Record, Row, read_record
+from s2attn.bench.journal import SCHEMA, Journal, Record, Row, read_record
 from s2attn.bench.paged import decode_suite
 from s2attn.bench.peers import CPU_PEERS, CUDA_PEERS, NAMES, make_peers
 from s2attn.bench.rows import Effort
@@ -31,6 +30,7 @@ from s2attn.bench.selecting import select_suite
 from s2attn.bench.stacks import stack_suite
 from s2attn.bench.suites import attention_suite
 from s2attn.bench.tables import case_lines
+from s2attn.bench.watched import main_watched, run_to_end
 from s2attn.core import bad_value
 
 SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0, "select": 2.0, "hyper": 1.0}
@@ -51,8 +51,6 @@ SMALL = ("decode", "select", "hyper")
 SIZES = ("full", "small", "tiny")
 EFFORTS = {"full": Effort(15, 3, 3.0), "small": Effort(9, 3, 3.0), "tiny": Effort(2, 1, 0.1)}
 STALL_S = 150.0
-GRACE_S = 15.0
-MOST_RESTARTS = 12
 
 
 @dataclass(frozen=True)
@@ -207,54 +205,15 @@ def run_plan(plan: Plan) -> list[Record]:
     """
     for suite in plan.suites:
         plan.path(suite).unlink(missing_ok=True)
-    deadline, crashes = time.monotonic() + plan.limit_s, list[Row]()
     with tempfile.TemporaryDirectory() as folder:
-        while len(crashes) < MOST_RESTARTS and time.monotonic() < deadline:
-            ended = _one_process(plan, Path(folder), deadline, crashes)
-            if ended is None:
-                break
-            crashes.append(ended)
-            print(f"ended: {ended['peer'] or 'timing'} in {ended['case']}: {ended['why']}", flush=True)
+        state, job = Path(folder) / "state.json", Path(folder) / "job.json"
+
+        def start(limit_s: float, crashes: Sequence[Row]) -> list[str]:
+            job.write_text(json.dumps({"plan": replace(plan, limit_s=limit_s).to_json(), "crashes": list(crashes)}))
+            return [sys.executable, "-m", "s2attn.bench", "work", str(job), str(state)]
+
+        crashes = run_to_end(start, state, plan.limit_s, plan.stall_s)
     return [_finished(plan, suite, crashes) for suite in plan.suites]
-
-
-def _one_process(plan: Plan, folder: Path, deadline: float, crashes: Sequence[Row]) -> Row | None:
-    """Run what is left in a process of its own; None when it came to its end, or else what it was doing and why it ended."""
-    state, job = folder / "state.json", folder / "job.json"
-    state.unlink(missing_ok=True)
-    left = replace(plan, limit_s=max(1.0, deadline - time.monotonic()))
-    job.write_text(json.dumps({"plan": left.to_json(), "crashes": list(crashes)}))
-    words = [sys.executable, "-m", "s2attn.bench", "work", str(job), str(state)]
-    with subprocess.Popen(words) as process:
-        try:
-            why = _watch(process, state, deadline + GRACE_S, plan.stall_s)
-        finally:
-            process.kill()
-    if process.returncode == 0:
-        return None
-    known = json.loads(state.read_text()) if state.exists() else {"case": "", "peer": ""}
-    if not known["case"]:
-        if known.get("why"):
-            raise ValueError(known["why"])
-        raise RuntimeError(f"the process ended with code {process.returncode} before its first case")
-    code = process.returncode
-    ended = f"the process ended with signal {-code}" if code < 0 else f"the process ended with code {code}"
-    return {"case": known["case"], "peer": known["peer"], "why": why or known.get("why") or ended}
-
-
-def _watch(process: subprocess.Popen[bytes], state: Path, deadline: float, stall_s: float) -> str:
-    """Wait for the end of a process; end it, and say why, when the time is over or nothing new begins."""
-    began = time.time()
-    while True:
-        try:
-            process.wait(0.5)
-            return ""
-        except subprocess.TimeoutExpired:
-            last = max(began, state.stat().st_mtime if state.exists() else 0.0)
-        if time.monotonic() > deadline:
-            return "the time for all timings was over"
-        if time.time() - last > stall_s:
-            return f"nothing new began for {stall_s:.0f} seconds"
 
 
 def _finished(plan: Plan, suite: str, crashes: Sequence[Row]) -> Record:
@@ -284,12 +243,4 @@ def _finished(plan: Plan, suite: str, crashes: Sequence[Row]) -> Record:
 def main_work(job: Path, state: Path) -> int:
     """What the watched process runs; its exit code."""
     read: dict[str, Any] = json.loads(job.read_text())
-    try:
-        work(Plan.from_json(read["plan"]), state, read["crashes"])
-    except ValueError as error:
-        Journal(state=state).lost("", "", str(error))
-        return 2
-    except DeviceLost as error:
-        print(f"s2attn: the device was lost: {error}", file=sys.stderr)
-        return 3
-    return 0
+    return main_watched(lambda: work(Plan.from_json(read["plan"]), state, read["crashes"]), state)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from s2attn.backends.triton.backend import gpu_facts, triton_version
-from s2attn.backends.triton.table import PACKAGED, Situation, file_name, write_table
+from s2attn.backends.triton.table import Situation, file_name, write_table
 from s2attn.backends.triton.tiles import Tiles
 from s2attn.bench.benches import Bench
-from s2attn.bench.candidates import FINALISTS, Target, candidates, check_density, compiled_ahead, fallback, refined, small_target, targets
+from s2attn.bench.candidates import FINALISTS, Target, candidates, check_density, compiled_ahead, fallback, refined, small_target
 from s2attn.bench.clock import Call, Meter, Timing, time_in_turn
 from s2attn.bench.host import host_facts
-from s2attn.bench.rows import one_line
+from s2attn.bench.journal import SCHEMA, DeviceLost, Journal
+from s2attn.bench.rows import one_line, still_there
+from s2attn.bench.turns import LATE
 from s2attn.core import bad_value
 
 Note = Callable[[str], None]
@@ -40,7 +43,9 @@ class Measured:
 class Contest:
     """Candidates for one target: those that compute the right results are timed in turn."""
 
-    def __init__(self, target: Target, device: torch.device, shared_limit: int, meter: Meter):
+    def __init__(self, target: Target, device: torch.device, shared_limit: int, meter: Meter, journal: Journal):
+        self.journal, self.name = journal, target.name
+        self.mark("")
         self.meter, self.bench, self.first = meter, Bench.random(target, device), fallback(target.situation, shared_limit)
         check_density(target, self.bench.layout)
         self.bench.begin(shared_limit)
@@ -48,8 +53,18 @@ class Contest:
         self.ready: dict[Tiles, dict[str, Call]] = {}
         self.refused: list[str] = []
 
+    def mark(self, words: str) -> None:
+        """Say what begins now, for whoever watches this process."""
+        self.journal.mark(self.name, words)
+
     def enter(self, tiles: Tiles) -> None:
-        """Check a candidate; one that does not fit, does not compile or is wrong must not end the run."""
+        """Check a candidate; one that does not fit, does not compile, is wrong or has ended a process must not end the run."""
+        words = words_of(tiles)
+        crash = self.journal.crash_of(self.name, words)
+        if crash is not None:
+            self.refused.append(f"{words}: {crash}"[:200])
+            return
+        self.mark(words)
         try:
             calls = self.bench.calls(tiles)
             for name, call in calls.items():
@@ -58,7 +73,8 @@ class Contest:
                 raise ArithmeticError("the compiler did not specialise the warps")
             self.ready[tiles] = {name: self._armed(call) for name, call in calls.items()}
         except Exception as error:
-            self.refused.append(f"{words_of(tiles)}: {one_line(error)}"[:200])
+            self.refused.append(f"{words}: {one_line(error)}"[:200])
+            still_there(self.meter, self.journal, self.name, words, one_line(error))
 
     def _armed(self, call: Call) -> Call:
         return self.meter.arm(call, lambda: None, graph=True).call if self.bench.graph else call
@@ -67,16 +83,22 @@ class Contest:
         """Time those that are ready, in turn, problem by problem."""
         found: dict[Tiles, dict[str, Timing]] = {tiles: {} for tiles in candidates if tiles in self.ready}
         for name in self.expected:
-            named = {words_of(tiles): self.ready[tiles][name] for tiles in found}
-            timings = time_in_turn(named, rounds=rounds, min_rounds=min(rounds, 3), measure=self.meter.seconds)
+            named = {words_of(tiles): partial(self._seconds, words_of(tiles), self.ready[tiles][name]) for tiles in found}
+            timings = time_in_turn(named, rounds=rounds, min_rounds=min(rounds, 3), measure=lambda call: cast(float, call()))
             for tiles, timing in found.items():
                 timing[name] = timings[words_of(tiles)]
         return found
 
+    def _seconds(self, words: str, call: Call) -> float:
+        self.mark(words)
+        return self.meter.seconds(call)
 
-def tune_target(target: Target, device: torch.device, shared_limit: int, meter: Meter, *, tiny: bool = False) -> Measured:
+
+def tune_target(
+    target: Target, device: torch.device, shared_limit: int, meter: Meter, *, tiny: bool = False, journal: Journal | None = None
+) -> Measured:
     """Measure all candidates in turn, then the best of them against the fallback for longer."""
-    contest = Contest(target, device, shared_limit, meter)
+    contest = Contest(target, device, shared_limit, meter, journal or Journal())
     for tiles in candidates(target.situation, shared_limit, tiny=tiny):
         contest.enter(tiles)
     quick = contest.time(list(contest.ready), rounds=2 if tiny else 4)
@@ -133,12 +155,14 @@ def tune(
     tiny: bool = False,
     workers: int | None = None,
     note: Note | None = None,
+    journal: Journal | None = None,
 ) -> tuple[Path, list[Measured]]:
     """Measure ``wanted`` in order until the time is over; the table on disk is complete after every one.
 
     Args:
         tiny: on the CPU, in Triton's interpreter; shows that all works, measures nothing.
         workers: processes that compile ahead; by default as many as there are cores but two, none in the interpreter.
+        journal: what was measured by a process that has ended is not measured again, and what ended it is not tried again.
 
     Returns:
         path of the table, and what was measured.
@@ -153,31 +177,62 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     name, shared_limit = gpu_facts(device.index or 0) if on_gpu else ("interpreter", 232448)
     path, facts = folder / file_name(name, triton_version()), host_facts(device.type)
-    if on_gpu:
-        compile_ahead(wanted, shared_limit, workers=workers, limit_s=limit_s / 3)
-    meter, done = _meter(on_gpu), list[Measured]()
+    journal = journal or Journal()
+    if on_gpu and not journal.crashes:  # what was compiled by a process that has ended is still on disk
+        compile_ahead(wanted, shared_limit, workers=workers, limit_s=limit_s / 3, each=lambda: journal.mark("compiling", ""))
+    meter = _meter(on_gpu)
     for target in wanted:
-        if time.perf_counter() - began > limit_s:
-            done.append(Measured(target, None, {"why": f"the {limit_s:.0f} seconds for all measurements were over"}))
+        if journal.has(target.name) or time.perf_counter() - began > limit_s:
             continue
         if note is not None:
             note(target.name)
-        try:
-            done.append(tune_target(target, device, shared_limit, meter, tiny=tiny))
-        except Exception as error:
-            done.append(Measured(target, None, {"why": one_line(error)}))
+        journal.add([_measure(target, device, shared_limit, meter, journal, tiny)], _record(path, began))
+        done = measured(wanted, journal)
         rows = [(m.target.situation, m.tiles, m.facts) for m in done if m.tiles is not None]
         write_table(path, name, rows, {"host": facts, "seconds": time.perf_counter() - began})
         meter.tidy()
-    return path, done
+    journal.write(_record(path, began))
+    return path, measured(wanted, journal)
 
 
-def compile_ahead(wanted: Sequence[Target], shared_limit: int, *, workers: int | None, limit_s: float) -> None:
-    """Fill Triton's cache on disk from several processes, since compiling takes longer than measuring."""
+def _record(path: Path, began: float) -> dict[str, Any]:
+    return {"schema": SCHEMA, "suite": "tune", "table": str(path), "seconds": time.perf_counter() - began}
+
+
+def _measure(target: Target, device: torch.device, shared_limit: int, meter: Meter, journal: Journal, tiny: bool) -> dict[str, Any]:
+    """One target as a row of the journal."""
+    tiles, facts = None, {"why": journal.crash_of(target.name, "")}
+    if facts["why"] is None:
+        try:
+            found = tune_target(target, device, shared_limit, meter, tiny=tiny, journal=journal)
+            tiles, facts = found.tiles, found.facts
+        except DeviceLost:
+            raise
+        except Exception as error:
+            facts = {"why": one_line(error)}
+            still_there(meter, journal, target.name, "", one_line(error))
+    return {"case": target.name, "tiles": None if tiles is None else asdict(tiles), "facts": facts}
+
+
+def measured(wanted: Sequence[Target], journal: Journal) -> list[Measured]:
+    """What a journal knows of targets."""
+    rows = {row["case"]: row for row in journal.rows}
+    found = []
+    for target in wanted:
+        row = rows.get(target.name)
+        tiles = None if row is None or row["tiles"] is None else Tiles(**row["tiles"])
+        found.append(Measured(target, tiles, {"why": LATE} if row is None else row["facts"]))
+    return found
+
+
+def compile_ahead(wanted: Sequence[Target], shared_limit: int, *, workers: int | None, limit_s: float, each: Callable[[], None]) -> None:
+    """Fill Triton's cache on disk from several processes, since compiling takes longer than measuring; ``each`` comes after each kernel."""
     jobs = dict.fromkeys(job for t in wanted for job in compiled_ahead(t.situation, shared_limit))
     ends = time.time() + limit_s
     with ProcessPoolExecutor(workers or max((os.cpu_count() or 4) - 2, 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, list(jobs), [ends] * len(jobs), chunksize=4))
+        each()
+        for _ in as_completed([pool.submit(compile_one, job, ends) for job in jobs]):
+            each()
 
 
 def compile_one(job: tuple[Situation, Tiles], ends: float) -> None:
@@ -223,29 +278,3 @@ def tune_lines(done: Sequence[Measured]) -> list[str]:
             gain = m.facts["fallback_s"] / m.facts["median_s"]
             lines.append(f"{m.target.name}: {words_of(m.tiles)}, {m.facts['median_s'] * 1e3:.3f} ms, {gain:.2f}x the untuned")
     return lines
-
-
-def run_tune(
-    *, out: Path | None, ops: str, dims: str, blocks: str, dtype: str, size: str, limit: float, note: Note | None = None
-) -> list[str]:
-    """`tune` from the words of a command line; returns what to print.
-
-    Raises:
-        ValueError: a word that names nothing, or no CUDA device where one is needed.
-    """
-    if size not in ("full", "tiny"):
-        raise bad_value("--size", "must be one of full, tiny", repr(size))
-    tiny = size == "tiny"
-    if tiny and dtype == "bfloat16" and not torch.cuda.is_available():
-        dtype = "float32"  # the interpreter multiplies bfloat16 wrongly
-    wanted = targets(dims=_numbers("--dims", dims), blocks=_numbers("--blocks", blocks), ops=ops.split(","), dtype=dtype, tiny=tiny)
-    folder = out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else Path("tuned-tiny") if tiny else PACKAGED)
-    path, done = tune(wanted, folder, limit_s=limit, tiny=tiny, note=note)
-    return [*tune_lines(done), f"Table: {path}"]
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise bad_value(name, "must be numbers separated by commas", repr(text))
-    return [int(word) for word in words]

@@ -89,9 +89,9 @@ def tune(
 ) -> None:
     """Measure which tiles are the fastest on this graphics card, and write the table that launches look up."""
     with clear_errors():
-        from s2attn.bench.tune import run_tune
+        from s2attn.bench.tune_session import run_tune
 
-        print("\n".join(run_tune(out=out, ops=ops, dims=dims, blocks=blocks, dtype=dtype, size=size, limit=limit, note=print)))
+        print("\n".join(run_tune(out=out, ops=ops, dims=dims, blocks=blocks, dtype=dtype, size=size, limit=limit)))
 
 
 @app.command()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from s2attn.bench.cases import AttentionCase
 from s2attn.bench.clock import Meter
-from s2attn.bench.journal import DeviceLost, Journal, read_record, write_atomically
+from s2attn.bench.journal import DeviceLost, Journal, Row, read_record, write_atomically
 from s2attn.bench.peers import Peer, Prepared, Sdpa
 from s2attn.bench.rows import Effort
 from s2attn.bench.runner import run_case, run_suite
 from s2attn.bench.session import Plan, _finished, plan_of, run_plan, work
 from s2attn.bench.suites import attention_suite
+from s2attn.bench.watched import run_to_end
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 CASES = attention_suite("forward", "tiny")[:3]
@@ -103,6 +106,26 @@ def test_a_process_that_is_killed_costs_one_row(tmp_path: Path) -> None:
     failed = [(row["case"], row["peer"], row["why"]) for row in record["rows"] if row["status"] != "ok"]
     assert failed == [("tiny dense fwd", "killer", "the process ended with signal 9")]
     assert len(record["rows"]) == 2 * len([case for case in attention_suite("forward", "tiny") if "tiny" in case.name])
+
+
+STUCK = """
+import json, sys, time
+from pathlib import Path
+Path(sys.argv[1]).write_text(json.dumps({"case": "a", "peer": "waits"}))
+time.sleep(600)
+"""
+
+
+def test_a_process_that_is_stuck_is_ended_and_the_next_one_is_told(tmp_path: Path) -> None:
+    state, told = tmp_path / "state.json", []
+
+    def start(limit_s: float, crashes: Sequence[Row]) -> list[str]:
+        told.append((list(crashes), limit_s))
+        return [sys.executable, "-c", "" if crashes else STUCK, str(state)]
+
+    crash = {"case": "a", "peer": "waits", "why": "nothing new began for 2 seconds"}
+    assert run_to_end(start, state, 60.0, 2.0) == [crash]
+    assert [crashes for crashes, _ in told] == [[], [crash]] and told[1][1] < told[0][1] <= 60.0
 
 
 def test_suites_share_a_limit_and_what_is_left_says_so(tmp_path: Path) -> None:

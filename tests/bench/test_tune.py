@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from s2attn.backends import Pages, Requests, Scoring
 from s2attn.backends.triton import Triton, table
+from s2attn.backends.triton.backend import triton_version
 from s2attn.backends.triton.table import Situation, file_name, read_table, tuned_tiles, write_table
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
 from s2attn.bench import tune as tuning
 from s2attn.bench.candidates import candidates, check_density, compiled_ahead, fallback, refined, small_target, targets
 from s2attn.bench.clock import Timing
 from s2attn.bench.paged import Batch
-from s2attn.bench.tune import check_results, overall, run_tune, tune, tune_lines
+from s2attn.bench.tune import check_results, overall, tune, tune_lines
+from s2attn.bench.tune_session import TunePlan, run_tune, run_tune_plan
 from s2attn.schedule.cuts import LEAST_TOKENS
 
 SITUATION = Situation("forward", "bfloat16", 128, 128, 64, "medium")
@@ -158,7 +162,7 @@ def test_a_small_run_writes_its_table_row_by_row(tmp_path, interpreted, monkeypa
 
 def test_what_the_time_did_not_allow_is_said(tmp_path, interpreted):
     _, done = tune(targets(dims=[16], blocks=[16], ops=["dq"], dtype="float32", tiny=True), tmp_path, tiny=True, limit_s=0.0)
-    assert all("were over" in line for line in tune_lines(done))
+    assert all("was over" in line for line in tune_lines(done))
 
 
 def test_words_of_the_command_line_are_checked():
@@ -174,6 +178,41 @@ def test_words_of_the_command_line_are_checked():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="size must be tiny where there is no CUDA device"):
             run_tune(**given)
+
+
+ONE = property(lambda self: targets(dims=self.dims, blocks=self.blocks, ops=self.ops, dtype=self.dtype, tiny=True)[2:])
+WORKER = """
+import os, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_tune import ONE
+from s2attn.bench import tune, tune_session
+from s2attn.bench.benches import AttentionBench
+
+found, calls = tune.candidates, AttentionBench.calls
+
+def deadly(self, tiles):
+    if tiles.form == "hopper":
+        os.kill(os.getpid(), 9)
+    return calls(self, tiles)
+
+AttentionBench.calls = deadly
+tune.candidates = lambda *given, **more: [*found(*given, **more)[:2], replace(found(*given, **more)[0], form="hopper")]
+tune_session.TunePlan.targets = ONE
+sys.exit(tune_session.main_tune_work(Path(sys.argv[2]), Path(sys.argv[3])))
+"""
+
+
+def test_a_candidate_that_ends_the_process_costs_itself_alone(tmp_path, interpreted, capfd, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(TunePlan, "targets", ONE)
+    plan = TunePlan(("dq",), (16,), (16,), "float32", True, str(tmp_path), limit_s=300.0)
+    lines = run_tune_plan(plan, (sys.executable, "-c", WORKER, str(Path(__file__).parent)))
+    (row,) = json.loads((tmp_path / file_name("interpreter", triton_version())).read_text())["rows"]
+    assert row["refused"] == ["hopper: the process ended with signal 9"] and row["tried"] == 2
+    assert len(lines) == 2 and "x the untuned" in lines[0]
+    assert capfd.readouterr().out.count("ended: hopper in dq float32 16 wide, block 16, dense: the process ended with signal 9") == 1
 
 
 def test_the_fallback_is_what_launches_choose():
