@@ -28,7 +28,7 @@ help:
 	@echo "make gpu-bench       its attention against its peers, within 10 minutes; records in out/"
 	@echo "make gpu-tune        which tiles are the fastest on it, within 10 minutes; the table in out/"
 	@echo "make gpu-sanitize    the same kernels under compute-sanitizer"
-	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (hours; ARGS=sm_90 for one)"
+	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (an hour or two; ARGS=sm_90 for one)"
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
 	@echo "make format  let ruff format and fix what it can"
