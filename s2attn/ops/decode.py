@@ -11,6 +11,7 @@ from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.layout import HeadRange, Layout
 from s2attn.ops.checks import check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
+from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
 from s2attn.patterns import Pattern, Recipe
 
@@ -112,6 +113,8 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
         return layout_text(pattern), pattern.tensors()
     if not isinstance(pattern, Pattern):
         hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
+        if isinstance(pattern, Selector):
+            hint = "; a selector has no pages to look at (PageBounds.pages chooses pages, for the pattern Dense)"
         raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)
     check_heads(heads, q)
     return pattern_text(pattern, None, True, check_int("layer", layer, 0), heads), []

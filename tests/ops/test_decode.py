@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2attn
-from s2attn import Dense, HeadRange, Layout, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, build_layout, preset
+from s2attn import Dense, HeadRange, Layout, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, XAttention, build_layout, preset
 from s2attn.backends.portable.run import Work
 from s2attn.ops.paged import decode_op
 from s2attn.ops.source import pattern_text
@@ -315,6 +315,7 @@ def test_compilers_take_it_as_one_operator():
         ({"k_pages": torch.randn(5, 24, 2, 16), "v_pages": torch.randn(5, 24, 2, 16)}, "k_pages must have a page_size that is a multiple"),
         ({"k_scale": torch.ones(2)}, "k_scale must be left out unless the pages are float8"),
         ({"pattern": Recipe(S2)}, r"pattern must be a Pattern or a Layout; take recipe.pattern\(layer\)"),
+        ({"pattern": XAttention(8, block=32)}, r"pattern must be a Pattern or a Layout; a selector has no pages .*PageBounds.pages"),
         ({"backend": "fast"}, "backend must be one of"),
         ({"scale": float("nan")}, "scale must be finite"),
         ({"sinks": torch.ones(3)}, "sinks must have shape"),
