@@ -27,36 +27,33 @@ class PagedKeys:
     spans: Spans
     block: int
 
-    def gather(self, block: Tensor, lane: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(N, block, width)`` of key blocks ``block`` of KV heads ``lane``; a short block repeats its last token."""
-        pages, size = self.pages, self.pages.page_size
+    def where(self, block: Tensor, lane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Page, token in it, and head of the keys of blocks ``block`` of KV heads ``lane``; a short block repeats its last token."""
+        size = self.pages.page_size
         first = self.spans.pos[block].long()
-        row = lane if pages.table.shape[1] > 1 else torch.zeros_like(lane)
-        page = pages.table[self.spans.seq[block].long(), row, first // size].long()
+        row = lane if self.pages.table.shape[1] > 1 else torch.zeros_like(lane)
+        page = self.pages.table[self.spans.seq[block].long(), row, first // size].long()
         inside = torch.arange(self.block, device=block.device)
         token = (first % size)[:, None] + torch.minimum(inside, self.spans.length[block].long()[:, None] - 1)
-        k, v = (_read(x, page[:, None], token, lane[:, None], dtype) for x in (pages.k, pages.v))
-        if pages.k_scale is not None:
-            k = k * pages.k_scale.to(dtype)[lane, None, None]
-        if pages.v_scale is not None:
-            v = v * pages.v_scale.to(dtype)[lane, None, None]
-        return k, v
+        return page[:, None], token, lane[:, None]
+
+    def read(self, rows: Rows | None, of_values: bool, where: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """Keys or values ``(N, block, width)`` at these places; ``rows`` is the table of their pages, if they are one."""
+        pages, factor = (self.pages.v, self.pages.v_scale) if of_values else (self.pages.k, self.pages.k_scale)
+        read = rows.gather(rows.at(*where), dtype) if rows is not None else pages[where].to(dtype)
+        return read if factor is None else read * factor.to(dtype)[where[2]][..., None]
+
+    def scaled(self, of_values: bool) -> bool:
+        """Whether numbers in the pages are multiplied by something."""
+        return (self.pages.v_scale if of_values else self.pages.k_scale) is not None
 
     def copied(self, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor, Plan]:
         """All listed blocks as contiguous ``(1, tokens, 1, width)`` keys and values, and the same plan over them."""
         count = len(plan.key_start)
         code, place = torch.unique(plan.entry_lane * count + plan.entry_block, return_inverse=True)
-        k, v = self.gather(code % count, torch.div(code, count, rounding_mode="floor"), dtype)
+        where = self.where(code % count, torch.div(code, count, rounding_mode="floor"))
+        k, v = (self.read(Rows.without_copy(x), i == 1, where, dtype) for i, x in enumerate((self.pages.k, self.pages.v)))
         start = torch.arange(len(code), device=code.device) * self.block
         last = start + self.spans.length[code % count].long() - 1
         moved = replace(plan, entry_block=place, entry_lane=torch.zeros_like(place), key_start=start, key_last=last)
         return k.reshape(1, -1, 1, k.shape[-1]), v.reshape(1, -1, 1, v.shape[-1]), moved
-
-
-def _read(pages: Tensor, page: Tensor, token: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
-    """``pages[page, token, head]`` in that dtype."""
-    width = pages.shape[-1]
-    if pages.stride(-1) == 1 and not any(stride % width for stride in pages.stride()[:3]):
-        rows = Rows.of(pages)  # without a copy, as the strides say
-        return rows.gather(rows.at(page, token, head), dtype)
-    return pages[page, token, head].to(dtype)

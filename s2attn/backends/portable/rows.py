@@ -20,16 +20,21 @@ class Rows:
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
+        return cls.without_copy(x) or cls.of(x.contiguous())
+
+    @classmethod
+    def without_copy(cls, x: Tensor) -> Rows | None:
+        """The table, or None where strides are no whole rows."""
         width = x.shape[-1]
         strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
         if (x.stride(-1) != 1 and width > 1) or any(stride % width for stride in strides):
-            return cls.of(x.contiguous())
+            return None
         s0, s1, s2 = (stride // width for stride in strides)
         count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[:3], (s0, s1, s2), strict=True)) if x.numel() else 0
         return cls(x.as_strided((count, width), (width, 1)), s0, s1, s2)
 
-    def at(self, batch: Tensor | int, token: Tensor, head: Tensor) -> Tensor:
-        """Row numbers, by broadcasting."""
+    def at(self, batch: Tensor, token: Tensor, head: Tensor) -> Tensor:
+        """Row numbers, by broadcasting; pages of a cache stand in the place of batch entries."""
         return batch * self.s0 + token * self.s1 + head * self.s2
 
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.paged import PagedKeys
 from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
 from s2attn.backends.portable.rows import Rows, add_blocks, keep_freed_memory
+from s2attn.backends.portable.thin import Band, Blocks, attend_band, bands_of, thin_runs
 from s2attn.backends.portable.tile import Keys, Tile, choose_tile
 from s2attn.backends.portable.workers import in_order
 from s2attn.layout import Layout
@@ -80,10 +81,10 @@ class Chunk:
     stacks: list[Stack]
 
 
-def chunks(work: Work) -> Iterator[Chunk]:
-    """Cut the items into chunks that fit the budget; at least one item each."""
-    plan, at = work.plan, 0
-    for low, high in pairwise(_chunk_ends(work)):
+def chunks(work: Work, first: int = 0) -> Iterator[Chunk]:
+    """Cut the items from run ``first`` on into chunks that fit the budget; at least one item each."""
+    plan, at = work.plan, first
+    for low, high in pairwise(_chunk_ends(work, first)):
         stacks = []
         while at < len(plan.runs) and plan.runs[at].low < high:
             run = plan.runs[at]
@@ -94,9 +95,9 @@ def chunks(work: Work) -> Iterator[Chunk]:
         yield Chunk(_between(plan.row_ptr, low, high), _between(plan.entry_ptr, low, high), stacks)
 
 
-def _chunk_ends(work: Work) -> list[int]:
+def _chunk_ends(work: Work, first: int) -> list[int]:
     """First item of each chunk, and the number of all items."""
-    runs, width = work.plan.runs, work.k.shape[3] + work.v.shape[3]
+    runs, width = work.plan.runs[first:], work.k.shape[3] + work.v.shape[3]
     # numbers per key: itself, its column of scores, and (for hidden ones) its column of a mask of bools and floats
     held = [run.blocks * (width + work.tile_for(run).scores_held(work.scoring) * run.rows) + 2 * run.hidden * run.rows for run in runs]
     used = np.cumsum(np.repeat(held, [run.high - run.low for run in runs])) * work.plan.block * work.dtype.itemsize
@@ -104,7 +105,7 @@ def _chunk_ends(work: Work) -> list[int]:
     while ends[-1] < len(used):
         before = used[ends[-1] - 1] if ends[-1] else 0
         ends.append(max(ends[-1] + 1, int(np.searchsorted(used, before + budget, side="right"))))
-    return ends
+    return [runs[0].low + end for end in ends] if runs else []
 
 
 def _between(ptr: np.ndarray, low: int, high: int, base: int = 0) -> slice:
@@ -129,26 +130,51 @@ class Walker:
         # A key that is gathered several times is converted once, before.
         if work.paged is None:
             self.k, self.v = (Rows.of(x.to(work.dtype) if listed > keys else x) for x in (work.k, work.v))
+        else:
+            self.k, self.v = (Rows.without_copy(x) for x in (work.k, work.v))
         self.inside = torch.arange(work.plan.block, device=work.q.device)
         self.table: tuple[Run, Tensor] | None = None
 
-    def queries(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def queries(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Query rows, and their places in a contiguous ``(B, T, H)`` table."""
-        place = self.work.plan.place[chunk.rows]
+        place = self.work.plan.place[rows]
         return self.q.index_select(0, place).to(self.work.dtype), place
 
-    def keys(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Gathered keys and values ``(entries, block, width)``."""
+    def where(self, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Places of the keys of entries along the first three axes of k and v, which ``(entries, block)`` follows by broadcasting."""
         plan, kv_heads = self.work.plan, self.work.k.shape[2]
-        block, lane = plan.entry_block[chunk.entries], plan.entry_lane[chunk.entries]
+        block, lane = plan.entry_block[entries], plan.entry_lane[entries]
         if self.work.paged is not None:
-            return self.work.paged.gather(block, lane, self.work.dtype)
+            return self.work.paged.where(block, lane)
         token = plan.key_start[block][:, None] + self.inside
         if plan.short_keys:  # what lies beyond a short block is masked, so that any key will do
             token = torch.minimum(token, plan.key_last[block][:, None])
-        batch, head = torch.div(lane, kv_heads, rounding_mode="floor")[:, None], (lane % kv_heads)[:, None]
-        k, v = (rows.gather(rows.at(batch, token, head), self.work.dtype) for rows in (self.k, self.v))
-        return k, v
+        return torch.div(lane, kv_heads, rounding_mode="floor")[:, None], token, (lane % kv_heads)[:, None]
+
+    def read(self, where: tuple[Tensor, Tensor, Tensor], of_values: bool) -> Tensor:
+        """Keys, or values, ``(entries, block, width)`` of these places."""
+        rows, work = self.v if of_values else self.k, self.work
+        if work.paged is not None:
+            return work.paged.read(rows, of_values, where, work.dtype)
+        assert rows is not None  # only pages may lie in any way
+        return rows.gather(rows.at(*where), work.dtype)
+
+    def keys(self, entries: slice) -> tuple[Tensor, Tensor]:
+        """Gathered keys and values ``(entries, block, width)``."""
+        where = self.where(entries)
+        return self.read(where, False), self.read(where, True)
+
+    def blocks(self, entries: slice) -> tuple[Blocks, Blocks]:
+        """The same where they lie, if they are rows there."""
+        where = self.where(entries)
+        return self._blocks(where, False), self._blocks(where, True)
+
+    def _blocks(self, where: tuple[Tensor, Tensor, Tensor], of_values: bool) -> Blocks:
+        rows = self.v if of_values else self.k
+        if rows is None or (self.work.paged is not None and self.work.paged.scaled(of_values)):
+            read = self.read(where, of_values)
+            return Blocks(read.flatten(0, 1), torch.arange(read.shape[:2].numel(), device=read.device).view(read.shape[:2]))
+        return Blocks(rows.table, rows.at(*where))
 
     def stack(self, stack: Stack, k: Tensor, v: Tensor) -> Keys:
         """The keys of a stack out of those of its chunk."""
@@ -215,8 +241,8 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
     walker = Walker(work, masks_by_key=False)
 
     def attend(chunk: Chunk) -> None:
-        q, place = walker.queries(chunk)
-        k, v = walker.keys(chunk)
+        q, place = walker.queries(chunk.rows)
+        k, v = walker.keys(chunk.entries)
         new, new_lse = q.new_empty(len(q), width), q.new_empty(len(q))
         my_sinks = None if sinks is None else sinks[place % shape[2]]
         for stack in chunk.stacks:
@@ -232,9 +258,24 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
         out.index_copy_(0, place, new)
         lse.index_copy_(0, place, new_lse)
 
-    for _ in in_order(attend, list(chunks(work)), work.q.device):
+    thin = 0 if work.tile else thin_runs(work.plan, work.q.device, (work.k.shape[3], width))
+    for band in bands_of(work.plan) if thin else []:
+        place, part, part_lse = _attend_band(work, walker, band, sinks)
+        out.index_copy_(0, place, part)
+        lse.index_copy_(0, place, part_lse)
+    for _ in in_order(attend, list(chunks(work, thin)), work.q.device):
         pass
     return out.view(*shape, width), lse.view(shape)
+
+
+def _attend_band(work: Work, walker: Walker, band: Band, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Places, ``out`` and ``lse`` of the rows of a band."""
+    plan = work.plan
+    q, place = walker.queries(_between(plan.row_ptr, band.low, band.high))
+    blocks = (walker.blocks(_between(band.ptr, low, high)) for low, high in band.stretches(plan.block))
+    my_sinks = None if sinks is None else sinks[place % work.q.shape[2]].view(-1, band.rows)
+    out, lse = attend_band(band, q.view(-1, band.rows, q.shape[-1]), blocks, work.scoring, my_sinks, plan.block)
+    return place, out.flatten(0, 1), lse.flatten()
 
 
 def _row_table(work: Work, width: int) -> Tensor:
@@ -273,8 +314,8 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
     dlses = None if dlse is None else dlse.reshape(-1).to(dtype)
 
     def differentiate(chunk: Chunk) -> list[tuple[Tensor, Tensor, Tensor]]:
-        q, place = walker.queries(chunk)
-        k, v = walker.keys(chunk)
+        q, place = walker.queries(chunk.rows)
+        k, v = walker.keys(chunk.entries)
         where = plan.entry_lane[chunk.entries] * count + plan.entry_block[chunk.entries]
         my_out, my_dout = (x.index_select(0, place).to(dtype) for x in (outs, douts))
         my_lse, my_dlse = lses[place], None if dlses is None else dlses[place]

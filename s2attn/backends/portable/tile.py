@@ -22,7 +22,7 @@ from torch import Tensor
 from s2attn.backends.base import Scoring
 
 LOG2_E = 1 / math.log(2)
-_LOWEST = -1e30
+LOWEST = -1e30
 """Stands for the maximum of a row that sees nothing: any finite number does."""
 _SMALL_ROWS = 16
 """With fewer query rows per item (decoding), one product for all items is quicker than one at a time."""
@@ -98,26 +98,26 @@ class StackTile:
         return 3 if scoring.softcap is None else 4
 
     def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        scores, sinks = torch.bmm(q * _factor(scoring), keys.k.transpose(1, 2)), keys.sinks_log2()
+        scores, sinks = torch.bmm(q * factor(scoring), keys.k.transpose(1, 2)), keys.sinks_log2()
         if scoring.softcap is not None:
-            _each(scores, Tensor.tanh_).mul_(scoring.softcap * LOG2_E)
+            one_by_one(scores, Tensor.tanh_).mul_(scoring.softcap * LOG2_E)
         _hide(scores, keys)
-        top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+        top = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
         if sinks is not None:
             torch.maximum(top, sinks, out=top)
-        p = _each(scores.sub_(top), Tensor.exp2_)
+        p = one_by_one(scores.sub_(top), Tensor.exp2_)
         return normalize(torch.bmm(p, keys.v), top, p.sum(-1, keepdim=True), sinks)
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, bent = torch.bmm(q * _factor(scoring), keys.k.transpose(1, 2)), None
+        scores, bent = torch.bmm(q * factor(scoring), keys.k.transpose(1, 2)), None
         if scoring.softcap is not None:
-            bent = _each(scores, Tensor.tanh_)
+            bent = one_by_one(scores, Tensor.tanh_)
             scores = bent * (scoring.softcap * LOG2_E)
         _hide(scores, keys)
         p = scores.sub_(lse[..., None] * LOG2_E)
-        _each(p, Tensor.exp2_)
+        one_by_one(p, Tensor.exp2_)
         ds = torch.bmm(dout, keys.v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
         if bent is not None:
             ds.mul_(_slope(bent))
@@ -136,7 +136,7 @@ class LoopTile:
         top, total = q.new_empty(2, *q.shape[:2], 1)
         sinks = keys.sinks_log2()
         floors = [None] * len(q) if sinks is None else sinks.unbind()
-        rows = ((q * _factor(scoring)).unbind(), keys.k.unbind(), keys.v.mT.unbind(), out, top, total)
+        rows = ((q * factor(scoring)).unbind(), keys.k.unbind(), keys.v.mT.unbind(), out, top, total)
         for my_q, k, v_t, my_out, my_top, my_total, floor, mask in zip(*rows, floors, keys.each_mask(), strict=True):
             scores = _product(my_q, k)
             if scoring.softcap is not None:
@@ -144,7 +144,7 @@ class LoopTile:
             if mask is not None:
                 scores[:, -mask.shape[1] :] += mask
             torch.amax(scores, -1, keepdim=True, out=my_top)
-            my_top.clamp_(min=_LOWEST)
+            my_top.clamp_(min=LOWEST)
             if floor is not None:
                 torch.maximum(my_top, floor, out=my_top)
             p = scores.sub_(my_top).exp2_()
@@ -180,7 +180,7 @@ class LoopTile:
         return dq, dk, dv
 
 
-def _factor(scoring: Scoring) -> float:
+def factor(scoring: Scoring) -> float:
     """What turns q.k into logits in base 2, or, where there is a soft-cap, into what its tanh takes."""
     return scoring.scale * LOG2_E if scoring.softcap is None else scoring.scale / scoring.softcap
 
@@ -200,13 +200,13 @@ def _hide(scores: Tensor, keys: Keys) -> None:
 def normalize(out: Tensor, top: Tensor, total: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` from weighted values, the largest log2 score of each row, the sum of its weights, and its sink, all ``(N, M, 1)``."""
     if sinks is not None:
-        total.add_(_each(sinks - top, Tensor.exp2_))
-    total.clamp_(min=-1 / _LOWEST)
+        total.add_(one_by_one(sinks - top, Tensor.exp2_))
+    total.clamp_(min=-1 / LOWEST)
     out.div_(total)
-    return out, _each(total, Tensor.log2_).add_(top).mul_(math.log(2))[..., 0]
+    return out, one_by_one(total, Tensor.log2_).add_(top).mul_(math.log(2))[..., 0]
 
 
-def _each(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def one_by_one(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply an exponential or logarithm in place. On a CPU its bits depend on the place in memory (vectors, then a rest): item by item."""
     for item in x.unbind() if x.device.type == "cpu" and x.dim() == 3 else [x]:
         function(item)

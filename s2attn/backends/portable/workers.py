@@ -25,7 +25,7 @@ def in_order(function: Callable[[Piece], Result], pieces: Sequence[Piece], devic
     if device.type != "cpu":
         yield from map(function, pieces)
         return
-    with _alone() as threads:
+    with alone() as threads:
         if threads == 1 or len(pieces) < 2:
             yield from map(function, pieces)
         else:
@@ -37,7 +37,7 @@ _calls, _threads = 0, 1
 
 
 @contextmanager
-def _alone() -> Iterator[int]:
+def alone() -> Iterator[int]:
     """Let every operation run on one thread, and tell how many torch had before.
 
     The setting belongs to the process: of several calls at a time the first reads it, so that none takes another's 1 for the user's.
