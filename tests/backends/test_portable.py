@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_iter
 import s2attn
 from s2attn import Local, Random, Sink, Stride, Window
 from s2attn.backends import Scoring, get_backend
-from s2attn.backends.portable import Portable
+from s2attn.backends.portable import Portable, loops
 from s2attn.backends.portable import run as walk
 from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.cuts import MOST_ROWS, cheapest_groups
 from s2attn.backends.portable.plan import make_plan
 from s2attn.backends.portable.rows import Rows, add_in_rounds
-from s2attn.backends.portable.tile import Keys, LoopTile, StackTile
+from s2attn.backends.portable.tile import Keys, LoopTile, Places, StackTile
 from s2attn.layout import Layout, build_layout
 from s2attn.testing.problems import check_backend, random_problem, run
 
@@ -111,10 +111,10 @@ def test_masks_by_table_or_by_item(monkeypatch: pytest.MonkeyPatch, most: int) -
 @pytest.mark.parametrize("bent", [False, True], ids=["plain", "softcap and sinks"])
 def test_both_tiles_agree(hidden: int, dtype: torch.dtype, bent: bool) -> None:
     q, dout, k, v = (torch.randn(3, *shape, dtype=dtype) for shape in ((50, 24), (50, 8), (96, 24), (96, 8)))
-    keys = Keys(k, v)
+    keys = Keys(Places.whole(k), Places.whole(v))
     if hidden:
         mask = torch.zeros(2, 50, hidden, dtype=dtype).masked_fill_(torch.rand(2, 50, hidden) < 0.5, -torch.inf)
-        keys = Keys(k, v, mask, torch.tensor([1, 0, 1]))
+        keys = replace(keys, mask=mask, kind=torch.tensor([1, 0, 1]))
     if bent:
         keys = replace(keys, sinks=torch.randn(3, 50, dtype=dtype))
     results, scoring = [], Scoring(0.3, 1.2 if bent else None)
@@ -201,3 +201,22 @@ def test_a_query_that_sees_nan_adds_nothing_to_keys() -> None:
     seen = p.mask[:, :, 60].t()[None]
     assert out[seen].isnan().all() and dq[seen].isnan().all() and not out[~seen].isnan().any()
     assert dk.isfinite().all() and dv.isfinite().all()
+
+
+@pytest.mark.parametrize("scoring", [{}, {"softcap": 1.5, "sinks": torch.arange(4.0)}], ids=["plain", "softcap and sinks"])
+def test_loops_have_the_same_bits_in_either_interpreter(monkeypatch: pytest.MonkeyPatch, scoring: dict) -> None:
+    """torch's own takes them as they are, and Python runs them where it does not."""
+    assert all(isinstance(loops.without_lock(loop), torch.jit.ScriptFunction) for loop in (loops.attend_items, loops.differentiate_items))
+    monkeypatch.setattr(loops, "STEP_SCORES", 64 * 64)
+    p = random_problem(4, 2, 4, 300, 300, 32, causal=True, batch=2, **scoring).to(torch.float32)
+    expected = run(get_backend("portable"), p)
+    monkeypatch.setattr("s2attn.backends.portable.tile.without_lock", lambda loop: loop)
+    got = run(get_backend("portable"), p)
+    assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in ("out", "lse", "dq", "dk", "dv"))
+
+
+def test_a_loop_that_torch_refuses_runs_as_it_is() -> None:
+    def refused(x: str) -> str:
+        return x.format(*[1])
+
+    assert loops.without_lock(refused) is refused

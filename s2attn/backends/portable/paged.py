@@ -10,6 +10,7 @@ from torch import Tensor
 from s2attn.backends.base import Pages
 from s2attn.backends.portable.plan import Plan
 from s2attn.backends.portable.rows import Rows
+from s2attn.backends.portable.tile import Places
 from s2attn.layout import Spans
 
 
@@ -37,22 +38,21 @@ class PagedKeys:
         token = (first % size)[:, None] + torch.minimum(inside, self.spans.length[block].long()[:, None] - 1)
         return page[:, None], token, lane[:, None]
 
-    def read(self, rows: Rows | None, of_values: bool, where: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        """Keys or values ``(N, block, width)`` at these places; ``rows`` is the table of their pages, if they are one."""
+    def places(self, where: tuple[Tensor, Tensor, Tensor], of_values: bool, dtype: torch.dtype) -> Places:
+        """Keys or values there; numbers that are scaled, or are no rows of a table, are copied into one of ``dtype``."""
         pages, factor = (self.pages.v, self.pages.v_scale) if of_values else (self.pages.k, self.pages.k_scale)
-        read = rows.gather(rows.at(*where), dtype) if rows is not None else pages[where].to(dtype)
-        return read if factor is None else read * factor.to(dtype)[where[2]][..., None]
-
-    def scaled(self, of_values: bool) -> bool:
-        """Whether numbers in the pages are multiplied by something."""
-        return (self.pages.v_scale if of_values else self.pages.k_scale) is not None
+        rows = Rows.without_copy(pages)
+        if rows is not None and factor is None:
+            return Places(rows.table, rows.at(*where))
+        read = pages[where].to(dtype)
+        return Places.whole(read if factor is None else read * factor.to(dtype)[where[2]][..., None])
 
     def copied(self, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor, Plan]:
         """All listed blocks as contiguous ``(1, tokens, 1, width)`` keys and values, and the same plan over them."""
         count = len(plan.key_start)
         code, place = torch.unique(plan.entry_lane * count + plan.entry_block, return_inverse=True)
         where = self.where(code % count, torch.div(code, count, rounding_mode="floor"))
-        k, v = (self.read(Rows.without_copy(x), i == 1, where, dtype) for i, x in enumerate((self.pages.k, self.pages.v)))
+        k, v = (self.places(where, of_values, dtype).gathered(dtype) for of_values in (False, True))
         start = torch.arange(len(code), device=code.device) * self.block
         last = start + self.spans.length[code % count].long() - 1
         moved = replace(plan, entry_block=place, entry_lane=torch.zeros_like(place), key_start=start, key_last=last)

@@ -16,13 +16,13 @@ from s2attn.backends.portable.cache import cached_plan
 from s2attn.backends.portable.paged import PagedKeys
 from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
 from s2attn.backends.portable.rows import Rows, add_blocks, keep_freed_memory
-from s2attn.backends.portable.thin import Band, Blocks, attend_band, bands_of, thin_runs
-from s2attn.backends.portable.tile import Keys, Tile, choose_tile
+from s2attn.backends.portable.thin import Band, attend_band, bands_of, thin_runs
+from s2attn.backends.portable.tile import Keys, Places, Tile, choose_tile
 from s2attn.backends.portable.workers import in_order
 from s2attn.layout import Layout
 
 CHUNK_BYTES = 8 << 20
-"""What the items of a chunk may gather and hold together: few enough to stay in the cache."""
+"""Of keys and values that the items of a chunk attend to together at most; less where threads would otherwise wait for each other."""
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 """The same on devices that want large calls."""
 
@@ -58,8 +58,9 @@ class Work:
         k, v, plan = self.paged.copied(self.plan, self.dtype)
         return replace(self, k=k, v=v, plan=plan, paged=None)
 
-    def tile_for(self, run: Run) -> Tile:
-        return self.tile or choose_tile(self.q.device, run.rows)
+    @property
+    def how(self) -> Tile:
+        return self.tile or choose_tile(self.q.device)
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,18 @@ def _chunk_ends(work: Work, first: int) -> list[int]:
     """First item of each chunk, and the number of all items."""
     runs, width = work.plan.runs[first:], work.k.shape[3] + work.v.shape[3]
     # numbers per key: itself, its column of scores, and (for hidden ones) its column of a mask of bools and floats
-    held = [run.blocks * (width + work.tile_for(run).scores_held(work.scoring) * run.rows) + 2 * run.hidden * run.rows for run in runs]
+    scores = work.how.scores_held(work.scoring)
+    held = [run.blocks * (width + scores * run.rows) + 2 * run.hidden * run.rows for run in runs]
+    if not runs:
+        return []
     used = np.cumsum(np.repeat(held, [run.high - run.low for run in runs])) * work.plan.block * work.dtype.itemsize
-    budget, ends = CHUNK_BYTES if work.q.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE, [0]
+    budget, ends = CHUNK_BYTES_ELSEWHERE, [0]
+    if work.q.device.type == "cpu":
+        budget = min(CHUNK_BYTES, used[-1] // (2 * torch.get_num_threads()))
     while ends[-1] < len(used):
         before = used[ends[-1] - 1] if ends[-1] else 0
         ends.append(max(ends[-1] + 1, int(np.searchsorted(used, before + budget, side="right"))))
-    return [runs[0].low + end for end in ends] if runs else []
+    return [runs[0].low + end for end in ends]
 
 
 def _between(ptr: np.ndarray, low: int, high: int, base: int = 0) -> slice:
@@ -130,8 +136,6 @@ class Walker:
         # A key that is gathered several times is converted once, before.
         if work.paged is None:
             self.k, self.v = (Rows.of(x.to(work.dtype) if listed > keys else x) for x in (work.k, work.v))
-        else:
-            self.k, self.v = (Rows.without_copy(x) for x in (work.k, work.v))
         self.inside = torch.arange(work.plan.block, device=work.q.device)
         self.table: tuple[Run, Tensor] | None = None
 
@@ -140,46 +144,23 @@ class Walker:
         place = self.work.plan.place[rows]
         return self.q.index_select(0, place).to(self.work.dtype), place
 
-    def where(self, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Places of the keys of entries along the first three axes of k and v, which ``(entries, block)`` follows by broadcasting."""
-        plan, kv_heads = self.work.plan, self.work.k.shape[2]
+    def keys(self, entries: slice) -> tuple[Places, Places]:
+        """Where the keys and values of entries lie, ``(entries, block)``."""
+        plan, kv_heads, paged = self.work.plan, self.work.k.shape[2], self.work.paged
         block, lane = plan.entry_block[entries], plan.entry_lane[entries]
-        if self.work.paged is not None:
-            return self.work.paged.where(block, lane)
+        if paged is not None:
+            where = paged.where(block, lane)
+            return paged.places(where, False, self.work.dtype), paged.places(where, True, self.work.dtype)
         token = plan.key_start[block][:, None] + self.inside
         if plan.short_keys:  # what lies beyond a short block is masked, so that any key will do
             token = torch.minimum(token, plan.key_last[block][:, None])
-        return torch.div(lane, kv_heads, rounding_mode="floor")[:, None], token, (lane % kv_heads)[:, None]
+        batch, head = torch.div(lane, kv_heads, rounding_mode="floor")[:, None], (lane % kv_heads)[:, None]
+        return Places(self.k.table, self.k.at(batch, token, head)), Places(self.v.table, self.v.at(batch, token, head))
 
-    def read(self, where: tuple[Tensor, Tensor, Tensor], of_values: bool) -> Tensor:
-        """Keys, or values, ``(entries, block, width)`` of these places."""
-        rows, work = self.v if of_values else self.k, self.work
-        if work.paged is not None:
-            return work.paged.read(rows, of_values, where, work.dtype)
-        assert rows is not None  # only pages may lie in any way
-        return rows.gather(rows.at(*where), work.dtype)
-
-    def keys(self, entries: slice) -> tuple[Tensor, Tensor]:
-        """Gathered keys and values ``(entries, block, width)``."""
-        where = self.where(entries)
-        return self.read(where, False), self.read(where, True)
-
-    def blocks(self, entries: slice) -> tuple[Blocks, Blocks]:
-        """The same where they lie, if they are rows there."""
-        where = self.where(entries)
-        return self._blocks(where, False), self._blocks(where, True)
-
-    def _blocks(self, where: tuple[Tensor, Tensor, Tensor], of_values: bool) -> Blocks:
-        rows = self.v if of_values else self.k
-        if rows is None or (self.work.paged is not None and self.work.paged.scaled(of_values)):
-            read = self.read(where, of_values)
-            return Blocks(read.flatten(0, 1), torch.arange(read.shape[:2].numel(), device=read.device).view(read.shape[:2]))
-        return Blocks(rows.table, rows.at(*where))
-
-    def stack(self, stack: Stack, k: Tensor, v: Tensor) -> Keys:
+    def stack(self, stack: Stack, k: Places, v: Places) -> Keys:
         """The keys of a stack out of those of its chunk."""
         shape = (stack.items.stop - stack.items.start, stack.run.blocks * self.work.plan.block)
-        k, v = (x[stack.entries].view(*shape, x.shape[-1]) for x in (k, v))
+        k, v = (Places(x.table, x.rows[stack.entries].view(shape)) for x in (k, v))
         if stack.run.codes is None or stack.run.kind is None:
             return Keys(k, v)
         kind = stack.run.kind[stack.items]
@@ -238,7 +219,7 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
         lse = work.q.new_full((shape.numel(),), -torch.inf, dtype=work.dtype)
     else:
         lse = sinks.repeat(shape[:2].numel())
-    walker = Walker(work, masks_by_key=False)
+    walker, tile = Walker(work, masks_by_key=False), work.how
 
     def attend(chunk: Chunk) -> None:
         q, place = walker.queries(chunk.rows)
@@ -249,7 +230,7 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
             rows, run, keys = stack.rows, stack.run, walker.stack(stack, k, v)
             if my_sinks is not None:
                 keys = replace(keys, sinks=my_sinks[rows].view(-1, run.rows))
-            part, part_lse = work.tile_for(run).attend(q[rows].view(-1, run.rows, q.shape[-1]), keys, work.scoring)
+            part, part_lse = tile.attend(q[rows].view(-1, run.rows, q.shape[-1]), keys, work.scoring)
             masks = keys.masks() if run.hidden == run.blocks else None
             if masks is not None:  # some rows may see nothing
                 blind = (masks == -torch.inf).all(-1)
@@ -272,9 +253,9 @@ def _attend_band(work: Work, walker: Walker, band: Band, sinks: Tensor | None) -
     """Places, ``out`` and ``lse`` of the rows of a band."""
     plan = work.plan
     q, place = walker.queries(_between(plan.row_ptr, band.low, band.high))
-    blocks = (walker.blocks(_between(band.ptr, low, high)) for low, high in band.stretches(plan.block))
+    keys = (walker.keys(_between(band.ptr, low, high)) for low, high in band.stretches(plan.block))
     my_sinks = None if sinks is None else sinks[place % work.q.shape[2]].view(-1, band.rows)
-    out, lse = attend_band(band, q.view(-1, band.rows, q.shape[-1]), blocks, work.scoring, my_sinks, plan.block)
+    out, lse = attend_band(band, q.view(-1, band.rows, q.shape[-1]), keys, work.scoring, my_sinks, plan.block)
     return place, out.flatten(0, 1), lse.flatten()
 
 
@@ -308,7 +289,7 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
     dq = _row_table(work, width)
     dk = work.k.new_zeros(lanes * count, plan.block * width, dtype=dtype)
     dv = work.v.new_zeros(lanes * count, plan.block * work.v.shape[3], dtype=dtype)
-    walker = Walker(work, masks_by_key=True)
+    walker, tile = Walker(work, masks_by_key=True), work.how
     outs, douts, lses = _table(out), _table(dout), lse.reshape(-1).to(dtype)
     lses = lses.masked_fill(lses == -torch.inf, torch.inf)
     dlses = None if dlse is None else dlse.reshape(-1).to(dtype)
@@ -325,7 +306,7 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
             stack_q, stack_out, stack_dout = (x[rows].view(-1, run.rows, x.shape[-1]) for x in (q, my_out, my_dout))
             stack_dlse = None if my_dlse is None else my_dlse[rows].view(-1, run.rows)
             keys, stack_lse = walker.stack(stack, k, v), my_lse[rows].view(-1, run.rows)
-            grads = work.tile_for(run).attend_backward(stack_dout, stack_dlse, stack_q, keys, stack_out, stack_lse, work.scoring)
+            grads = tile.attend_backward(stack_dout, stack_dlse, stack_q, keys, stack_out, stack_lse, work.scoring)
             new[rows] = grads[0].reshape(-1, width)
             found.append((where[stack.entries], grads[1], grads[2]))
         dq.index_copy_(0, place, new)

@@ -1,9 +1,9 @@
 """Thin items on a CPU: a few query rows over long lists, as decoding has them; all blocks of many items in the same few operations.
 
-An item of four rows computes so little with each key that starting an operation, and handing Python's lock from thread to thread, would
-take longer than the work. So all key blocks of a stretch of items are gathered at once and multiplied in one batch, block by block, and
-torch's own threads share each of these. A product has the same shape for every block, and sums go along each item by itself: the bits of
-an item do not depend on its neighbours, nor on the number of threads.
+A step of decoding takes so little time that waking threads of our own is a large part of it, the more so as torch's own threads, from the
+operation before, still keep the cores busy waiting for the next one. So these do the work: all key blocks of a stretch of items go into one
+batch of products, block by block. A product has the same shape for every block, and sums go along each item by itself: the bits of an item
+do not depend on its neighbours, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2attn.backends.base import Scoring
+from s2attn.backends.portable.loops import LOWEST
 from s2attn.backends.portable.plan import Plan, Run
-from s2attn.backends.portable.tile import LOG2_E, LOWEST, factor, normalize, one_by_one
+from s2attn.backends.portable.tile import LOG2_E, Places, factor, normalize, one_by_one
 from s2attn.backends.portable.workers import alone
 from s2attn.patterns.runs import ranges
 
@@ -117,43 +118,32 @@ def _hides(plan: Plan, run: Run, height: int) -> tuple[np.ndarray, Tensor]:
     return entries, F.pad(hides, (0, 0, 0, height - run.rows))
 
 
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """Keys, or values, of some entries, where they lie.
+def _steps(places: Places, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A few entries at a time, with their blocks ``(entries, block, width)``, which are used while they are in the cache."""
+    size = max(STEP_TOKENS // places.rows.shape[1], 1)
+    for low in range(0, len(places.rows), size):
+        step = slice(low, min(low + size, len(places.rows)))
+        yield step, Places(places.table, places.rows[step]).gathered(dtype)
 
-    Attributes:
-        table: ``(any, width)``.
-        rows: ``(entries, block)`` int64, which of its rows they are.
-    """
 
-    table: Tensor
-    rows: Tensor
+def products(keys: Places, q: Tensor) -> Tensor:
+    """Products of the keys of entries ``(entries, block)`` with ``q (entries, rows, width)``, ``(entries, block, rows)``."""
+    made = q.new_empty(*keys.rows.shape, q.shape[1])
+    for step, k in _steps(keys, q.dtype):
+        torch.bmm(k, q[step].mT, out=made[step])
+    return made
 
-    def steps(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """A few entries at a time, with their blocks ``(entries, block, width)``, which are used while they are in the cache."""
-        size = max(STEP_TOKENS // self.rows.shape[1], 1)
-        for low in range(0, len(self.rows), size):
-            step = slice(low, min(low + size, len(self.rows)))
-            rows = self.rows[step]
-            yield step, self.table.index_select(0, rows.flatten()).view(*rows.shape, -1).to(dtype)
 
-    def products(self, q: Tensor) -> Tensor:
-        """Their products with ``q (entries, rows, width)``, ``(entries, block, rows)``."""
-        made = q.new_empty(*self.rows.shape, q.shape[1])
-        for step, k in self.steps(q.dtype):
-            torch.bmm(k, q[step].mT, out=made[step])
-        return made
-
-    def sums(self, p: Tensor, rows: int) -> Tensor:
-        """Their sums with weights ``p (entries, height, block)``, of the first rows: ``(entries, rows, width)``."""
-        if self.table.dtype == p.dtype:  # torch can add rows up where they lie
-            p = p[:, :rows]
-            bags = self.rows[:, None].expand(p.shape).flatten(0, 1)
-            return F.embedding_bag(bags, self.table, per_sample_weights=p.flatten(0, 1), mode="sum").unflatten(0, p.shape[:2])
-        made = p.new_empty(*p.shape[:2], self.table.shape[1])
-        for step, v in self.steps(p.dtype):
-            torch.bmm(p[step], v, out=made[step])
-        return made[:, :rows]
+def weigh(values: Places, p: Tensor, rows: int) -> Tensor:
+    """Sums of the values of entries with weights ``p (entries, height, block)``, of the first rows: ``(entries, rows, width)``."""
+    if values.table.dtype == p.dtype:  # torch can add rows up where they lie
+        p = p[:, :rows]
+        bags = values.rows[:, None].expand(p.shape).flatten(0, 1)
+        return F.embedding_bag(bags, values.table, per_sample_weights=p.flatten(0, 1), mode="sum").unflatten(0, p.shape[:2])
+    made = p.new_empty(*p.shape[:2], values.table.shape[1])
+    for step, v in _steps(values, p.dtype):
+        torch.bmm(p[step], v, out=made[step])
+    return made[:, :rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +156,7 @@ class States:
 
 
 def attend_band(
-    band: Band, q: Tensor, blocks: Iterator[tuple[Blocks, Blocks]], scoring: Scoring, sinks: Tensor | None, block: int
+    band: Band, q: Tensor, blocks: Iterator[tuple[Places, Places]], scoring: Scoring, sinks: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of a band's items, ``(items, rows, Dv)`` and ``(items, rows)``.
 
@@ -194,12 +184,12 @@ def attend_band(
         return out, lse.masked_fill(blind, -torch.inf) if sinks is None else torch.where(blind, sinks, lse)
 
 
-def _attend(band: Band, low: int, high: int, q: Tensor, k: Blocks, v: Blocks, scoring: Scoring) -> States:
+def _attend(band: Band, low: int, high: int, q: Tensor, k: Places, v: Places, scoring: Scoring) -> States:
     """The states of pieces ``low`` to ``high``."""
     first = int(band.ptr[0])
     begin, end = int(band.ptr[low]) - first, int(band.ptr[high]) - first
     piece = band.piece[begin:end] - low
-    scores = k.products(q[band.item[low:high]][piece])
+    scores = products(k, q[band.item[low:high]][piece])
     ptr = torch.from_numpy(band.ptr[low : high + 1] - band.ptr[low]).to(q.device)
     with alone():
         scores = scores.mT.contiguous()  # (entries, rows, keys): a whole number of vectors for each, so that no bit depends on a place
@@ -212,7 +202,7 @@ def _attend(band: Band, low: int, high: int, q: Tensor, k: Blocks, v: Blocks, sc
         top = torch.segment_reduce(scores.amax(-1), "max", offsets=ptr, axis=0, unsafe=True)
         scores.sub_(top.clamp(min=LOWEST)[piece][..., None]).exp2_()
         total = torch.segment_reduce(scores.sum(-1), "sum", offsets=ptr, axis=0, unsafe=True)
-    values = v.sums(scores, band.rows)
+    values = weigh(v, scores, band.rows)
     with alone():
         return States(top[:, : band.rows], total[:, : band.rows], torch.segment_reduce(values, "sum", offsets=ptr, axis=0, unsafe=True))
 

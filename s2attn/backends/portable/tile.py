@@ -1,7 +1,8 @@
 """Attention over stacks of gathered keys, forward and backward, in two ways behind one signature.
 
-`StackTile` is the readable twin and runs wherever `torch.bmm` does. `LoopTile` multiplies one item at a time with oneDNN, which on some
-CPUs is twice as fast as the products inside torch's own attention. With both, the bits of an item do not depend on its neighbours.
+`StackTile` is the readable twin and runs wherever `torch.bmm` does. `LoopTile` takes one item at a time, a few keys at a time, with oneDNN,
+which on some CPUs is twice as fast as the products inside torch's own attention. With both, the bits of an item do not depend on its
+neighbours.
 
 Shapes: N items of M query rows and C keys; q ``(N, M, D)``, out ``(N, M, Dv)``, lse ``(N, M)``. A row whose mask hides every key gets out
 0 and an lse that means nothing: the caller knows these rows. Sinks come with the keys, row by row; a scoring here is scale and soft-cap.
@@ -11,7 +12,7 @@ The backward takes the out and lse of the whole row; +inf as lse switches a row 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -20,12 +21,31 @@ import torch
 from torch import Tensor
 
 from s2attn.backends.base import Scoring
+from s2attn.backends.portable.loops import LOWEST, attend_items, differentiate_items, step_keys, without_lock
 
 LOG2_E = 1 / math.log(2)
-LOWEST = -1e30
-"""Stands for the maximum of a row that sees nothing: any finite number does."""
-_SMALL_ROWS = 16
-"""With fewer query rows per item (decoding), one product for all items is quicker than one at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the keys, or the values, of N items lie.
+
+    Attributes:
+        table: ``(any, width)``, in any floating dtype.
+        rows: ``(N, C)`` int64, which of its rows they are.
+    """
+
+    table: Tensor
+    rows: Tensor
+
+    @classmethod
+    def whole(cls, x: Tensor) -> Places:
+        """``(N, C, width)`` that lie one after another."""
+        return cls(x.flatten(0, 1), torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]))
+
+    def gathered(self, dtype: torch.dtype) -> Tensor:
+        """``(N, C, width)`` in that dtype."""
+        return self.table.index_select(0, self.rows.flatten()).view(*self.rows.shape, -1).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +53,15 @@ class Keys:
     """What N items attend to.
 
     Attributes:
-        k: ``(N, C, D)``.
-        v: ``(N, C, Dv)``.
+        k: places of C keys of each.
+        v: of their values.
         mask: None, or ``(kinds, M, hidden)`` of 0 and -inf, to be added to the scores of the last ``hidden`` keys.
         kind: ``(N,)`` int64, which mask an item uses.
         sinks: None, or ``(N, M)`` logits that join the denominators of the forward; the backward finds them in its lse.
     """
 
-    k: Tensor
-    v: Tensor
+    k: Places
+    v: Places
     mask: Tensor | None = None
     kind: Tensor | None = None
     sinks: Tensor | None = None
@@ -50,12 +70,9 @@ class Keys:
         """One mask for all items, or one for each."""
         return self.mask if self.mask is None or len(self.mask) == 1 else self.mask[self.kind]
 
-    def each_mask(self) -> Sequence[Tensor | None]:
-        """The mask of every item."""
-        if self.mask is None or self.kind is None:
-            return [None] * len(self.k)
-        masks = self.mask.unbind()
-        return [masks[kind] for kind in self.kind.tolist()]
+    def kinds(self) -> list[int]:
+        """Which mask each item uses, where there are some."""
+        return [0] * len(self.k.rows) if self.mask is None or self.kind is None else self.kind.tolist()
 
     def sinks_log2(self) -> Tensor | None:
         """The sinks ``(N, M, 1)`` in base 2."""
@@ -80,9 +97,9 @@ class Tile(Protocol):
         ...
 
 
-def choose_tile(device: torch.device, rows: int) -> Tile:
-    """The quickest tile for items of so many rows."""
-    return LoopTile() if device.type == "cpu" and rows >= _SMALL_ROWS else StackTile()
+def choose_tile(device: torch.device) -> Tile:
+    """The quickest tile."""
+    return LoopTile() if device.type == "cpu" else StackTile()
 
 
 @cache
@@ -98,7 +115,8 @@ class StackTile:
         return 3 if scoring.softcap is None else 4
 
     def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        scores, sinks = torch.bmm(q * factor(scoring), keys.k.transpose(1, 2)), keys.sinks_log2()
+        k, v = (places.gathered(q.dtype) for places in (keys.k, keys.v))
+        scores, sinks = torch.bmm(q * factor(scoring), k.transpose(1, 2)), keys.sinks_log2()
         if scoring.softcap is not None:
             one_by_one(scores, Tensor.tanh_).mul_(scoring.softcap * LOG2_E)
         _hide(scores, keys)
@@ -106,78 +124,50 @@ class StackTile:
         if sinks is not None:
             torch.maximum(top, sinks, out=top)
         p = one_by_one(scores.sub_(top), Tensor.exp2_)
-        return normalize(torch.bmm(p, keys.v), top, p.sum(-1, keepdim=True), sinks)
+        return normalize(torch.bmm(p, v), top, p.sum(-1, keepdim=True), sinks)
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, bent = torch.bmm(q * factor(scoring), keys.k.transpose(1, 2)), None
+        k, v = (places.gathered(q.dtype) for places in (keys.k, keys.v))
+        scores, bent = torch.bmm(q * factor(scoring), k.transpose(1, 2)), None
         if scoring.softcap is not None:
             bent = one_by_one(scores, Tensor.tanh_)
             scores = bent * (scoring.softcap * LOG2_E)
         _hide(scores, keys)
         p = scores.sub_(lse[..., None] * LOG2_E)
         one_by_one(p, Tensor.exp2_)
-        ds = torch.bmm(dout, keys.v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
+        ds = torch.bmm(dout, v.transpose(1, 2)).sub_(_delta(dout, out, dlse)[..., None]).mul_(p)
         if bent is not None:
             ds.mul_(_slope(bent))
         dk = torch.bmm(ds.transpose(1, 2), q).mul_(scoring.scale)
-        return torch.bmm(ds, keys.k).mul_(scoring.scale), dk, torch.bmm(p.transpose(1, 2), dout)
+        return torch.bmm(ds, k).mul_(scoring.scale), dk, torch.bmm(p.transpose(1, 2), dout)
 
 
 class LoopTile:
-    """One item at a time, float32 products by oneDNN; the backward works on transposed scores, so that row numbers become its bias."""
+    """One item at a time, gathered as it goes, float32 products by oneDNN; all in one call that does not hold Python's lock."""
+
+    def __init__(self) -> None:
+        self._attend, self._differentiate = without_lock(attend_items), without_lock(differentiate_items)
 
     def scores_held(self, scoring: Scoring) -> int:
         return 0
 
     def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        out = q.new_empty(*q.shape[:2], keys.v.shape[-1])
-        top, total = q.new_empty(2, *q.shape[:2], 1)
-        sinks = keys.sinks_log2()
-        floors = [None] * len(q) if sinks is None else sinks.unbind()
-        rows = ((q * factor(scoring)).unbind(), keys.k.unbind(), keys.v.mT.unbind(), out, top, total)
-        for my_q, k, v_t, my_out, my_top, my_total, floor, mask in zip(*rows, floors, keys.each_mask(), strict=True):
-            scores = _product(my_q, k)
-            if scoring.softcap is not None:
-                scores.tanh_().mul_(scoring.softcap * LOG2_E)
-            if mask is not None:
-                scores[:, -mask.shape[1] :] += mask
-            torch.amax(scores, -1, keepdim=True, out=my_top)
-            my_top.clamp_(min=LOWEST)
-            if floor is not None:
-                torch.maximum(my_top, floor, out=my_top)
-            p = scores.sub_(my_top).exp2_()
-            torch.sum(p, -1, keepdim=True, out=my_total)
-            my_out.copy_(_product(p, v_t))
+        sinks, softcap = keys.sinks_log2(), 0.0 if scoring.softcap is None else scoring.softcap * LOG2_E
+        floor = None if sinks is None else sinks.clamp(min=LOWEST)
+        places = keys.k.table, keys.k.rows, keys.v.table, keys.v.rows
+        how = softcap, step_keys(q.shape[1]), has_onednn()
+        out, top, total = self._attend(q * factor(scoring), *places, keys.mask, keys.kinds(), floor, *how)
         return normalize(out, top, total, sinks)
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty_like(x) for x in (q, keys.k, keys.v))
-        scaled, by_column, softcap = q * scoring.scale, (keys.k * scoring.scale).mT.contiguous(), scoring.softcap
-        factored = scaled * (LOG2_E if softcap is None else 1 / softcap)
-        rows = (factored, lse * -LOG2_E, scaled.mT, dout, _delta(dout, out, dlse).neg_(), dout.mT, dq.mT)
-        for my_q, shift, q_t, my_dout, delta, dout_t, dq_t, k, v, k_t, my_dk, my_dv, mask in zip(
-            *(x.unbind() for x in (*rows, keys.k, keys.v, by_column, dk, dv)), keys.each_mask(), strict=True
-        ):
-            bent = None
-            if softcap is None:
-                p = _product(k, my_q, shift)  # (C, M)
-            else:
-                bent = _product(k, my_q).tanh_()
-                p = (bent * (softcap * LOG2_E)).add_(shift)
-            if mask is not None:
-                p[-mask.shape[1] :] += mask.t()
-            p.exp2_()
-            ds = _product(v, my_dout, delta).mul_(p)
-            if bent is not None:
-                ds.mul_(_slope(bent))
-            my_dv.copy_(_product(p, dout_t))
-            my_dk.copy_(_product(ds, q_t))
-            dq_t.copy_(_product(k_t, ds.t()))
-        return dq, dk, dv
+        places = keys.k.table, keys.k.rows, keys.v.table, keys.v.rows
+        how = scoring.scale, scoring.softcap or 0.0, step_keys(q.shape[1]), has_onednn()
+        rows = dout, q, _delta(dout, out, dlse), lse * LOG2_E
+        return self._differentiate(*rows, *places, keys.mask, keys.kinds(), *how)
 
 
 def factor(scoring: Scoring) -> float:
@@ -216,10 +206,3 @@ def one_by_one(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     delta = (dout * out).sum(-1)
     return delta if dlse is None else delta - dlse
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b.T + bias``."""
-    if a.dtype == torch.float32 and has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
