@@ -107,7 +107,7 @@ def _chunk_ends(work: Work, first: int) -> list[int]:
     used = np.cumsum(np.repeat(held, [run.high - run.low for run in runs])) * work.plan.block * work.dtype.itemsize
     budget, ends = CHUNK_BYTES_ELSEWHERE, [0]
     if work.q.device.type == "cpu":
-        budget = min(CHUNK_BYTES, used[-1] // (2 * torch.get_num_threads()))
+        budget = min(CHUNK_BYTES, used[-1] // (4 * torch.get_num_threads()))
     while ends[-1] < len(used):
         before = used[ends[-1] - 1] if ends[-1] else 0
         ends.append(max(ends[-1] + 1, int(np.searchsorted(used, before + budget, side="right"))))
