@@ -73,12 +73,13 @@ class Comparison:
             rows.append([str(layer), short(self.recipe.pattern(layer)), *(f"{100 * share:.2f} %" for share in shares)])
         return rows
 
+    def sentence(self) -> str:
+        """The figures of the whole model in one line."""
+        change = f"({self.nll_change:+.4f} nats a token, {self.predictions} predictions)"
+        return f"negative log-likelihood {self.nll:.4f} -> {self.nll_recipe:.4f} {change}; KL {self.kl:.4f}"
+
     def __str__(self) -> str:
-        head = [
-            f"negative log-likelihood {self.nll:.4f} -> {self.nll_recipe:.4f} ({self.nll_change:+.4f} nats a token, "
-            f"{self.predictions} predictions); KL {self.kl:.4f}"
-        ]
-        return "\n".join([*head, *(f"- {note}" for note in self.notes), *markdown(self.lines())])
+        return "\n".join([self.sentence(), *(f"- {note}" for note in self.notes), *markdown(self.lines())])
 
 
 def compare(
@@ -293,5 +294,5 @@ def read_texts(tokens: Any, last: int | None, least: int = 2) -> list[Text]:
 
 def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as a Markdown table, whose head comes first."""
-    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    head, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return [head, "|" + "---|" * len(lines[0]), *rest]

@@ -68,13 +68,17 @@ class Suggestion:
             rows.append([str(unit.layer), "all" if unit.head is None else str(unit.head), *shares, "sparse" if unit.sparse else "dense"])
         return rows
 
-    def __str__(self) -> str:
+    def sentence(self) -> str:
+        """The figures of the whole model in one line."""
         found = self.comparison
-        head = [
+        return (
             f"{self.sparse} of {len(self.units)} can be sparse at {found.nll_change:+.4f} nats a token (budget {self.budget:g}); "
             f"{100 * found.density.mean():.1f} % of dense attention's pairs are left, KL {found.kl:.4f}"
-        ]
-        return "\n".join([*head, *(f"- {note}" for note in (*self.left, *found.notes)), *markdown(self.lines())])
+        )
+
+    def __str__(self) -> str:
+        notes = (f"- {note}" for note in (*self.left, *self.comparison.notes))
+        return "\n".join([self.sentence(), *notes, *markdown(self.lines())])
 
 
 def suggest(
@@ -94,8 +98,9 @@ def suggest(
     negative log-likelihood stays within the budget. That is about ``log2(heads) + 3`` readings; one head more would have been over the
     budget, another choice of as many heads may be better.
 
-    Nothing but sinks with a window is ever suggested: other patterns need training. What a budget on these texts does not show is what
-    these texts do not need: a model that must find things far back is to be probed on texts where things are far back.
+    Nothing but sinks with a window is ever suggested, and the unit that would lose the most stays dense: all else needs training. What a
+    budget on these texts does not show is what these texts do not need: a model that must find things far back is to be probed on texts
+    where things are far back.
 
     Args:
         model: as in `compare`, whose memory is needed here too.
@@ -168,10 +173,10 @@ class Search:
         return sorted(units, key=lambda unit: -unit.mass), nll / self.rows
 
     def bisect(self, units: Sequence[Unit], base: float, budget: float) -> tuple[int, list[tuple[int, float]]]:
-        """The most units, in their order, that stay within the budget between neighbours that were measured; and all measurements."""
+        """How many units, in their order, stay within the budget where one more does not, never all of them; and all measurements."""
         tried: dict[int, float] = {0: 0.0}
-        low, high = 0, len(units) + 1  # `low` fits, `high` does not
-        step = len(units)
+        low, high = 0, max(1, len(units))  # `low` fits, `high` does not, or would leave nothing that sees everything
+        step = high - 1
         while high - low > 1:
             sparse = [replace(unit, sparse=i < step) for i, unit in enumerate(units)]
             tried[step] = self.nll(self.recipe(sparse)) - base

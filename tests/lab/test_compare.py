@@ -222,7 +222,7 @@ def test_a_recipe_that_leaves_nothing_out_says_so() -> None:
 
 def test_a_comparison_is_read_as_a_table_and_as_json() -> None:
     found = s2attn.compare(hosted(), Recipe(Dense(), layers={0: STREAMING}), texts(1))
-    assert "| 0 | Sink(n=4) | Window(n=24) |" in str(found) and "nats a token, 119 predictions" in str(found)
+    assert r"| 0 | Sink(n=4) \| Window(n=24) |" in str(found) and "nats a token, 119 predictions" in str(found)
     data = json.loads(json.dumps(found.to_dict()))
     assert data["nll_change"] == found.nll_change and len(data["mass"]) == 2 and Recipe.from_dict(data["recipe"]) == found.recipe
 
