@@ -275,6 +275,16 @@ def test_other_recipes_take_the_place_of_its_own(tmp_path: Path) -> None:
         Phi3SmallConfig.from_dict({**TINY, "s2_attention": 3})
 
 
+def test_it_is_judged_under_other_recipes() -> None:
+    model, tokens = model_of(TINY, random_weights(TINY)), torch.randint(96, (1, 200))
+    same = s2attn.compare(model, model.recipe, tokens)
+    assert same.nll_change == 0 and same.notes == ()
+    wider = s2attn.compare(model, Recipe(Dense()), tokens)  # sees all that it saw, and more
+    assert wider.kl > 0 and wider.mass.min() == pytest.approx(1, abs=1e-5) and wider.notes == ()
+    narrow = s2attn.compare(model, Recipe(Sink(4) | Window(16), dense_every=2), tokens)
+    assert narrow.mass[0].max() < 1 and (narrow.mass[1] == 1).all()
+
+
 def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if key != name}
 

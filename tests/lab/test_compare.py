@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import s2attn
 from s2attn import Dense, Local, PerHead, Recipe, Sink, SparseAttention, Stride, Unsupported, Window
+from s2attn.lab import asking
 from s2attn.lab.compare import NeedsTraining, kind_of, ranges
 from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.testing.masks import dense_mask
@@ -212,6 +213,23 @@ def test_kinds_of_patterns() -> None:
     ]
     assert kinds == ["dense", "streaming", "streaming", "window", "window", "other", "other"]
     assert ranges([0, 2, 3, 4, 9]) == "0, 2 to 4, 9"
+
+
+def test_long_texts_are_attended_a_part_of_the_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, recipe, tokens = hosted(), Recipe(Dense(), layers={0: PerHead({0: STREAMING})}), texts(1, 300)
+    whole, most, plain = s2attn.compare(model, recipe, tokens), [0], asking.attention
+
+    def watched(q: Tensor, k: Tensor, *rest: Any, **how: Any) -> Any:
+        most[0] = max(most[0], q.shape[1] * k.shape[1])
+        return plain(q, k, *rest, **how)
+
+    monkeypatch.setattr(asking, "attention", watched)
+    monkeypatch.setattr(asking, "PAIRS", 1)
+    parts = s2attn.compare(model, recipe, tokens)
+    assert 0 < most[0] <= 64 * 299
+    for name in ("mass", "worst"):
+        torch.testing.assert_close(*(torch.from_numpy(getattr(one, name)) for one in (whole, parts)), rtol=0, atol=1e-5)
+    assert parts.nll_recipe == pytest.approx(whole.nll_recipe, abs=1e-5)
 
 
 def test_a_recipe_that_leaves_nothing_out_says_so() -> None:

@@ -41,6 +41,7 @@ def looking_model(layers: list[list[str]], sure: float = 40.0) -> LlamaForCausal
         num_key_value_heads=heads,
         head_dim=2 * WIDTH,
         attention_bias=True,
+        rope_theta=1e16,
         rope_parameters={"rope_type": "default", "rope_theta": 1e16},
         bos_token_id=0,
         eos_token_id=0,
