@@ -17,9 +17,6 @@ from s2attn.ops.attention import attention
 from s2attn.ops.step import LayerCall, plain_look_back, plain_positions, taking
 from s2attn.patterns import Dense, Pattern, Recipe
 
-PAIRS = 1 << 24
-"""Pairs of a query and a key, of one head, that are attended at a time."""
-
 
 @dataclass(frozen=True, eq=False)
 class Asked:
@@ -49,36 +46,25 @@ class Asked:
     def attend(self, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` with another pattern."""
         self.check(pattern)
-        parts = [self._part(pattern, start, end, self.sinks) for start, end in self._parts(0)]
-        return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
+        how: Any = {**self.scoring, "sinks": self.sinks, "layer": self.layer}
+        return attention(self.q, self.k, self.v, pattern, **how, return_lse=True)
 
     def kept(self, pattern: Pattern, rows: int) -> Tensor:
         """The share of the attention mass that is left, for the last ``rows`` queries of each head ``(B, H, rows)``, in float32.
 
-        The mass is that over the keys which the layer sees as the model stands; sinks take no part. It is the difference of two lse, of
-        some rows at a time, so that no matrix of all queries and keys is ever held.
+        The mass is that over the keys which the layer sees as the model stands; sinks take no part. It is the difference of two lse, so
+        that no matrix of queries and keys is ever held: attention itself streams.
         """
         self.check(pattern)
         assert self.own is not None  # or it would have been refused
-        narrow, shares = pattern if self.own == Dense() else self.own & pattern, []
-        for start, end in self._parts(self.q.shape[1] - rows):
-            out, whole = self._part(self.own, start, end)
-            if self.foreign:
-                with_sinks = out if self.sinks is None else self._part(self.own, start, end, self.sinks)[0]
-                self._compare(with_sinks, self.answer()[:, start:end])
-            _, left = self._part(narrow, start, end)
-            shares.append(torch.where(whole > -torch.inf, (left - whole).exp(), 1.0))
-        return torch.cat(shares, dim=2)
-
-    def _parts(self, first: int) -> list[tuple[int, int]]:
-        """Ranges of queries from ``first`` on, each of which sees a bounded number of keys in all."""
-        length = self.q.shape[1]
-        step = max(64, PAIRS // length // 64 * 64)
-        return [(start, min(start + step, length)) for start in range(first, length, step)]
-
-    def _part(self, pattern: Pattern, start: int, end: int, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        how: Any = {**self.scoring, "sinks": sinks, "layer": self.layer}
-        return attention(self.q[:, start:end], self.k[:, :end], self.v[:, :end], pattern, **how, return_lse=True)
+        q = self.q[:, -rows:]
+        how: Any = {**self.scoring, "layer": self.layer, "return_lse": True}
+        out, whole = attention(q, self.k, self.v, self.own, **how)
+        if self.foreign:
+            with_sinks = out if self.sinks is None else attention(q, self.k, self.v, self.own, **how, sinks=self.sinks)[0]
+            self._compare(with_sinks, self.answer()[:, -rows:])
+        _, left = attention(q, self.k, self.v, pattern if self.own == Dense() else self.own & pattern, **how)
+        return torch.where(whole > -torch.inf, (left - whole).exp(), 1.0)
 
     def check(self, pattern: Pattern) -> None:
         """Refuse to answer for a layer that does something which we would lose."""
@@ -162,7 +148,11 @@ class Native:
     @torch.no_grad()
     def logits(self, text: Tensor, visit: Visit, rows: int) -> Tensor:
         with taking(Answering(visit)):
-            return self.model(text[None].to(device_of(self.model, text.device)))[0, -rows:]
+            out = self.model(text[None].to(device_of(self.model, text.device)))
+        if not isinstance(out, Tensor) or out.dim() != 3:
+            why = f"it returns {type(out).__name__}, not logits (B, T, vocabulary); a model of Transformers must come without a wrapper"
+            raise Unsupported("this model cannot be judged", {type(self.model).__name__: [why]})
+        return out[0, -rows:]
 
 
 def found_layers(subject: Any, model: Any) -> tuple[Layer, ...]:
