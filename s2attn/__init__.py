@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Blocks",
     "ByRange",
+    "Comparison",
     "Dense",
     "Dilated",
     "Global",
@@ -53,11 +54,13 @@ __all__ = [
     "SparseAttention",
     "SparseCache",
     "Stride",
+    "Suggestion",
     "Unsupported",
     "Window",
     "XAttention",
     "attention",
     "build_layout",
+    "compare",
     "decode",
     "decode_cascade",
     "describe",
@@ -69,16 +72,20 @@ __all__ = [
     "preset",
     "store_kv",
     "stream",
+    "suggest",
     "warmup",
     "warmup_decode",
 ]
 
 # The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
+    "Comparison": "s2attn.lab.compare",
     "Report": "s2attn.lab.describe",
     "Sampling": "s2attn.nn.sampling",
     "SparseCache": "s2attn.cache.sparse",
+    "Suggestion": "s2attn.lab.suggest",
     "XAttention": "s2attn.selectors",
+    "compare": "s2attn.lab.compare",
     "decode": "s2attn.ops.decode",
     "decode_cascade": "s2attn.ops.cascade",
     "describe": "s2attn.lab.describe",
@@ -87,6 +94,7 @@ _LAZY = {
     "plot": "s2attn.lab.plot",
     "store_kv": "s2attn.ops.store",
     "stream": "s2attn.nn.generation",
+    "suggest": "s2attn.lab.suggest",
     "warmup_decode": "s2attn.ops.warmup_decode",
 }
 

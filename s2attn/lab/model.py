@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from s2attn.core import bad_value, check_int
 from s2attn.lab.data import VOCABULARY
 from s2attn.nn import SparseAttention, look_back, positions
+from s2attn.nn.rotary import frequencies, rotate, rotations
 from s2attn.patterns import Dense, Recipe
 
 
@@ -126,7 +127,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``."""
-        rotation = rotations(positions(tokens), self.config.head_dim, self.config.rope_base)
+        rotation = rotations(positions(tokens), frequencies(self.config.head_dim, self.config.rope_base, tokens.device))
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, rotation)
@@ -140,17 +141,3 @@ class LanguageModel(nn.Module):
         for distance, earlier in enumerate(self.earlier, start=1):
             x = x + earlier(known[:, back - distance : known.shape[1] - distance])
         return x
-
-
-def rotations(place: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``(B, T, 1, head_dim / 2)`` of the rotary angles (arXiv:2104.09864) at positions ``(B, T)``."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=place.device) / head_dim)
-    angles = place.float()[..., None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the two halves of every head of ``x`` ``(B, T, heads, head_dim)`` by the angles of its position."""
-    cos, sin = rotation
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
