@@ -85,7 +85,7 @@ def _differentiate(device: torch.device, dtype: torch.dtype) -> tuple[str, float
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     found = torch.autograd.grad(s2attn.attention(q, k, v, PATTERN), (q, k, v), dout)
     exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
-    wanted = torch.autograd.grad(oracle(*exact, _mask(q, k))[0], exact, dout.cpu().double())
+    wanted = torch.autograd.grad(oracle(exact[0], exact[1], exact[2], _mask(q, k))[0], exact, dout.cpu().double())
     return _taken(q), max(_error(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -214,7 +214,7 @@ def page(record: dict[str, Any]) -> str:
     lines += ["* **compiles**: Triton compiles it for such a device and it fits its shared memory; no such device was there to run it."]
     lines += ['* **no**: refused, for the reason below. `portable`, in plain torch, then serves a call with `backend="auto"`.']
     lines += [
-        "* Other torch devices, and shapes that a kernel refuses, are served by `portable`: plain torch operations. None was there to run it."
+        "* Other torch devices, and shapes that a kernel refuses, are served by `portable`, in plain torch; none was there to run it."
     ]
     lines += ["", f"| device | dtype | {' | '.join(OPERATIONS)} |", "|---|---|" + "---|" * len(OPERATIONS)]
     rows: dict[tuple[str, str], dict[str, Finding]] = {}
