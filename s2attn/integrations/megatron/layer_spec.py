@@ -54,7 +54,7 @@ def with_s2(spec: ModuleSpec | TransformerBlockSubmodules, config: TransformerCo
 def _with_core(spec: Any, params: dict[str, Any]) -> ModuleSpec:
     if not isinstance(spec, ModuleSpec):
         raise bad_kind("spec", "must be the ModuleSpec of a transformer layer, or TransformerBlockSubmodules", spec)
-    attention = getattr(spec.submodules, "self_attention", None)
+    attention: Any = getattr(spec.submodules, "self_attention", None)
     module = getattr(attention, "module", None)
     if module not in (SelfAttention, S2SelfAttention):
         reason = f"self_attention must be a ModuleSpec of Megatron's SelfAttention; got {getattr(module, '__name__', attention)}"
