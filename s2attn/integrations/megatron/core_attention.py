@@ -83,15 +83,18 @@ class S2CoreAttention(MegatronModule):
 
     def _add_sinks(self, config: TransformerConfig, held: int) -> None:
         """One logit for each local head that joins the softmax denominator, under the name that Megatron's own attention gives it."""
+        if config.softmax_type == "vanilla":
+            self.softmax_offset = None
+            return
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         zeros = torch.zeros(held, dtype=config.params_dtype, device=device)
-        if config.softmax_type == "learnable":
-            self.softmax_offset = nn.Parameter(zeros)
-            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
-            if config.perform_initialization:
-                config.init_method(self.softmax_offset)
-        else:
-            self.register_buffer("softmax_offset", zeros if config.softmax_type == "off-by-one" else None, persistent=False)
+        if config.softmax_type == "off-by-one":
+            self.register_buffer("softmax_offset", zeros, persistent=False)
+            return
+        self.softmax_offset = nn.Parameter(zeros)
+        set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+        if config.perform_initialization:
+            config.init_method(self.softmax_offset)
 
     def forward(
         self,

@@ -50,11 +50,11 @@ def zigzag_attention(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any
     rows, ranks = q.shape[0], group.size()
     if rows % 2:
         raise bad_value("query", f"must have an even number of tokens on each of {ranks} context-parallel ranks, two chunks", rows)
+    parts = () if cu_seqlens is None else _packed_parts(cu_seqlens, rows, group)
     # One exchange for keys and values, and one for their gradients, in the same order on all ranks.
     gathered = gather_from_sequence_parallel_region(torch.stack((k, v), 1), group=group)
-    if cu_seqlens is not None:
+    if parts:
         outs = []
-        parts = _packed_parts(cu_seqlens, rows, group)
         for part in parts:
             keys, values = gathered.index_select(0, part.keys).unbind(1)
             outs.append(attend(q.index_select(0, part.queries), keys, values, part.lengths))

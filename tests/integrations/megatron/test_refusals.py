@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from s2attn import Dense, PerHead, Recipe, Unsupported, Window
 from s2attn.integrations.megatron import S2CoreAttention, S2SelfAttention, check_version, with_s2
+from s2attn.integrations.megatron.zigzag import zigzag_attention
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -152,6 +153,38 @@ def test_layers_without_causality_see_both_sides(gpt: ModuleType, layer_type: st
         out = core(torch.zeros(8, 1, 8, 8), torch.zeros(8, 1, 4, 8), value[:, None], None)
     expected = value.mean(0).repeat_interleave(2, 0).flatten().expand(8, -1)
     torch.testing.assert_close(out.reshape(8, -1), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths", "message"),
+    [
+        (7, None, "query must have an even number of tokens on each of 2 context-parallel ranks, two chunks; got 7"),
+        (8, [0, 8, 14, 16], "cu_seqlens must have lengths that are multiples of 4, two chunks for each of 2 context-parallel ranks"),
+        (8, [0, 8, 12], "cu_seqlens must rise from 0 to the 16 tokens of all 2 context-parallel ranks"),
+        (8, [0, 20, 16], "cu_seqlens must rise from 0 to the 16 tokens"),
+    ],
+)
+def test_lengths_that_cannot_be_shared_are_refused_before_anything_is_sent(rows: int, lengths: list[int] | None, message: str) -> None:
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    q = torch.zeros(rows, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        zigzag_attention(q, q, q, lambda *_: q, group, None if lengths is None else torch.tensor(lengths))
+
+
+def test_bidirectional_layers_are_not_spread_over_ranks(gpt: ModuleType) -> None:
+    pair = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    pg = SimpleNamespace(tp=SimpleNamespace(rank=lambda: 0, size=lambda: 1), cp=pair)
+    core = core_of(gpt, AttnMaskType.no_mask, context_parallel_size=2, pg_collection=pg)
+    with pytest.raises(Unsupported, match="only causal attention over whole sequences is spread over ranks"):
+        core(torch.zeros(8, 1, 8, 8), torch.zeros(8, 1, 4, 8), torch.zeros(8, 1, 4, 8), None)
+
+
+def test_a_backend_by_name_is_the_one_that_runs(gpt: ModuleType) -> None:
+    config = gpt.config_of(gpt.Case())
+    spec = with_s2(get_gpt_layer_local_spec(), config, gpt.SPARSE, backend="nobody")
+    model = gpt.GPTModel(config, spec, gpt.VOCABULARY, 256, position_embedding_type="rope")
+    with pytest.raises(ValueError, match="nobody"):
+        gpt.step(gpt.Case(gpt.SPARSE), model)
 
 
 def test_ways_around_the_core_attention_are_closed(gpt: ModuleType) -> None:
