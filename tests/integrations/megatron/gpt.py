@@ -199,11 +199,11 @@ def _rank(work: str, rank: int, folder: Path) -> None:
 
 
 def _ended(processes: list[Any], limit: float) -> Iterator[int | None]:
-    """The exit codes of processes; once one has failed the others have ten seconds. None: it had to be killed."""
+    """The exit codes of processes; once one has failed the others have a minute. None: it had to be killed."""
     end = time.monotonic() + limit
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         if any(process.exitcode for process in processes):
-            end = min(end, time.monotonic() + 10)
+            end = min(end, time.monotonic() + 60)
             for process in processes:
                 process.join(max(0.0, end - time.monotonic()))
         time.sleep(0.02)
