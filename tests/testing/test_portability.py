@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,19 +35,26 @@ def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("nobody can" in one.notes[0] for one in found)
 
 
+def test_a_compiler_is_asked() -> None:
+    """In a process of its own: the interpreter of this one would take the compiler's place."""
+    code = (
+        "from s2attn.testing import portability as p; p.OPERATIONS = ('store_kv',); print([one.result for one in p.compile_for('sm_75')])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
+    assert done.stdout.split("\n")[0] == "['compiles', 'no', 'compiles']"  # float16, bfloat16, float32
+
+
 def test_compiling_names_what_a_device_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portability, "OPERATIONS", ("store_kv",))
-    found = {one.dtype: one for one in compile_for("sm_75")}
-    assert found["bfloat16"].result == "no" and "no bfloat16" in found["bfloat16"].notes[0]
-    assert found["float16"].result == "compiles"
     made = Compiled(registers=255, spill_bytes=8, shared_bytes=100, warps=4, text="")
     monkeypatch.setattr(portability, "_compile", lambda *_: made)
-    assert [one.notes for one in compile_for("sm_90")] == [("store spills 8 bytes",)] * 3
+    found = {(one.dtype, one.operation): one for one in compile_for("sm_75")}
+    assert found["bfloat16", "decode"].result == "no" and "no bfloat16" in found["bfloat16", "decode"].notes[0]
+    assert found["float16", "store_kv"].notes == ("store spills 8 bytes",)
+    assert "forward has no matrix instructions" in found["float16", "attention"].notes
+    assert found["float32", "attention"].notes == ("forward spills 8 bytes",)
     monkeypatch.setattr(portability, "_compile", lambda *_: replace(made, shared_bytes=1 << 20))
-    assert {one.result for one in compile_for("sm_90")} == {"no"}
-    monkeypatch.setattr(portability, "OPERATIONS", ("attention",))
-    monkeypatch.setattr(portability, "_compile", lambda *_: made)
-    assert any("forward has no matrix instructions" in one.notes for one in compile_for("sm_90"))
+    assert {(one.result, one.notes[0].partition(" ")[2]) for one in compile_for("sm_90")} == {("no", "asks for 1048576 of 232448 bytes")}
 
 
 def test_the_page_is_that_of_the_record() -> None:
