@@ -9,16 +9,20 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import s2attn
 from s2attn.backends import get_backend
 from s2attn.backends.triton.backend import DTYPES
 from s2attn.backends.triton.tiles import SHARED_MEMORY
+from s2attn.core import Unsupported
+from s2attn.ops import attention
+from s2attn.ops.decode import decode
 from s2attn.ops.score import antidiagonal
+from s2attn.ops.store import store_kv
 from s2attn.patterns import Local, Stride
 from s2attn.testing.masks import dense_mask
 from s2attn.testing.oracle import oracle
@@ -67,7 +71,7 @@ def run_here(device: torch.device, label: str) -> Iterator[Finding]:
             ask = {"device": label, "dtype": str(dtype).removeprefix("torch."), "operation": operation}
             try:
                 backend, error = _CALLS[operation](device, dtype)
-            except (s2attn.Unsupported, RuntimeError) as reason:
+            except (Unsupported, RuntimeError) as reason:
                 yield Finding(**ask, result="no", backend="-", notes=(str(reason).splitlines()[0],))
                 continue
             wrong = () if error <= TOLERANCE[dtype] else (f"off by {error:.0e} of the largest number",)
@@ -76,14 +80,14 @@ def run_here(device: torch.device, label: str) -> Iterator[Finding]:
 
 def _attend(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     q, k, v = _inputs(device, dtype)
-    out = s2attn.attention(q, k, v, PATTERN)
+    out = attention(q, k, v, PATTERN)
     return _taken(q), _error(out, oracle(q.cpu(), k.cpu(), v.cpu(), _mask(q, k))[0])
 
 
 def _differentiate(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     q, k, v = (x.requires_grad_() for x in _inputs(device, dtype))
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    found = torch.autograd.grad(s2attn.attention(q, k, v, PATTERN), (q, k, v), dout)
+    found = torch.autograd.grad(attention(q, k, v, PATTERN), (q, k, v), dout)
     exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
     wanted = torch.autograd.grad(oracle(exact[0], exact[1], exact[2], _mask(q, k))[0], exact, dout.cpu().double())
     return _taken(q), max(_error(a, b) for a, b in zip(found, wanted, strict=True))
@@ -94,7 +98,7 @@ def _decode(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     k_pages, v_pages = (x.unflatten(1, (-1, 32)).flatten(0, 1) for x in (k, v))
     table = torch.arange(len(k_pages), device=device).view(2, -1)
     lens = torch.full((2,), 224, device=device)
-    out = s2attn.decode(q, k_pages, v_pages, PATTERN, block_table=table, seq_lens=lens)
+    out = decode(q, k_pages, v_pages, PATTERN, block_table=table, seq_lens=lens)
     return _taken(q), _error(out, oracle(q.cpu(), k.cpu(), v.cpu(), _mask(q, k))[0])
 
 
@@ -102,7 +106,7 @@ def _store(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     _, k, v = _inputs(device, dtype)
     pages = [torch.zeros(8, 32, *k.shape[2:], dtype=dtype, device=device) for _ in range(2)]
     slots = torch.randperm(256, generator=torch.Generator().manual_seed(2))[: k.shape[1]].to(device)
-    s2attn.store_kv(k[0], v[0], *pages, slots)
+    store_kv(k[0], v[0], *pages, slots)
     return _taken(k), float(sum((page.flatten(0, 1)[slots] != x[0]).sum() for page, x in zip(pages, (k, v), strict=True)))
 
 
@@ -199,7 +203,12 @@ def survey() -> dict[str, Any]:
     for target in SHARED_MEMORY:
         if f"CUDA {target}" not in ran:
             found += compile_for(target)
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "s2attn": s2attn.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "s2attn": metadata.version("s2attn"),
+    }
     return {"made_with": versions, "findings": [asdict(one) for one in found]}
 
 
