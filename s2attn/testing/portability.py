@@ -106,7 +106,7 @@ def _store(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     _, k, v = _inputs(device, dtype)
     pages = [torch.zeros(8, 32, *k.shape[2:], dtype=dtype, device=device) for _ in range(2)]
     slots = torch.randperm(256, generator=torch.Generator().manual_seed(2))[: k.shape[1]].to(device)
-    store_kv(k[0], v[0], *pages, slots)
+    store_kv(k[0], v[0], pages[0], pages[1], slots)
     return _taken(k), float(sum((page.flatten(0, 1)[slots] != x[0]).sum() for page, x in zip(pages, (k, v), strict=True)))
 
 
