@@ -62,6 +62,7 @@ __all__ = [
     "decode_cascade",
     "describe",
     "generate",
+    "head_range",
     "hyper_attention",
     "merge",
     "parse_pattern",
@@ -69,6 +70,7 @@ __all__ = [
     "preset",
     "store_kv",
     "stream",
+    "ulysses_attention",
     "warmup",
     "warmup_decode",
 ]
@@ -83,10 +85,12 @@ _LAZY = {
     "decode_cascade": "s2attn.ops.cascade",
     "describe": "s2attn.lab.describe",
     "generate": "s2attn.nn.generation",
+    "head_range": "s2attn.distributed.heads",
     "hyper_attention": "s2attn.selectors",
     "plot": "s2attn.lab.plot",
     "store_kv": "s2attn.ops.store",
     "stream": "s2attn.nn.generation",
+    "ulysses_attention": "s2attn.distributed.ulysses",
     "warmup_decode": "s2attn.ops.warmup_decode",
 }
 
