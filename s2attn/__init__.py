@@ -39,6 +39,7 @@ __all__ = [
     "Dilated",
     "Global",
     "HeadRange",
+    "HostedCache",
     "Layout",
     "Local",
     "LongNet",
@@ -68,6 +69,7 @@ __all__ = [
     "overlapped_attention",
     "overlapped_projection",
     "parse_pattern",
+    "plan_layers",
     "plot",
     "preset",
     "store_kv",
@@ -79,6 +81,7 @@ __all__ = [
 
 # The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
+    "HostedCache": "s2attn.cache.hosted",
     "Report": "s2attn.lab.describe",
     "Sampling": "s2attn.nn.sampling",
     "SparseCache": "s2attn.cache.sparse",
@@ -91,6 +94,7 @@ _LAZY = {
     "hyper_attention": "s2attn.selectors",
     "overlapped_attention": "s2attn.distributed.projection",
     "overlapped_projection": "s2attn.distributed.projection",
+    "plan_layers": "s2attn.cache.host_plan",
     "plot": "s2attn.lab.plot",
     "store_kv": "s2attn.ops.store",
     "stream": "s2attn.nn.generation",

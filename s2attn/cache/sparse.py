@@ -378,9 +378,10 @@ class SparseCache:
         """Write new keys ``(..., G, D)`` and values into their slots, ``(tokens * G,)``."""
         store_kv(k.detach().reshape(-1, 1, k.shape[-1]), v.detach().reshape(-1, 1, v.shape[-1]), *self.pools, slots)
 
-    def decode(self, q: Tensor, pattern: Pattern, *, cascade: bool = False, **call: Any) -> Any:
+    def decode(self, q: Tensor, pattern: Pattern, *, block_table: Tensor, seq_lens: Tensor, cascade: bool = False, **call: Any) -> Any:
         """`s2attn.decode` over the pages of this cache, or `s2attn.decode_cascade`; ``call`` holds their other arguments."""
-        return (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **call)
+        where: Any = {"block_table": block_table, "seq_lens": seq_lens}
+        return (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **where, **call)
 
     def copy_pages(self, rooms: Sequence[Room]) -> None:
         """Make the copies that new tokens of forks need."""
