@@ -147,9 +147,9 @@ def _tokens(
     place = 0 if packed else 1
     sizes = [0 if packed else q.shape[0], *q.shape[-2:], k.shape[-2], v.shape[-1], q.element_size()]
     said = torch.tensor([*sizes, q.shape[place], k.shape[place]], device=q.device)
-    everyone = torch.empty(ranks, len(said), dtype=said.dtype, device=q.device)
-    dist.all_gather_into_tensor(everyone.view(-1), said, group=group)
-    rows = everyone.tolist()
+    everyone = [torch.empty_like(said) for _ in range(ranks)]
+    dist.all_gather(everyone, said, group=group)
+    rows = torch.stack(everyone).tolist()
     if any(row[: len(sizes)] != rows[0][: len(sizes)] for row in rows):
         rule = "must agree in (batch, heads, head_dim, KV heads, width of values, bytes of a number) on all processes"
         raise bad_value("q, k and v", rule, [tuple(row[: len(sizes)]) for row in rows])
