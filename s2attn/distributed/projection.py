@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.layout import HeadRange
 from s2attn.ops import attention
 from s2attn.patterns import Pattern
 
@@ -73,7 +74,7 @@ def overlapped_attention(
         raise bad_kind("x", "must be a tensor", x)
     if x.dim() != 3 or not x.shape[1]:
         raise bad_value("x", "must have shape (batch, tokens, width), one token or more", tuple(x.shape))
-    _check(pattern, weight, bias, options)
+    _check(pattern, weight, bias, group, options)
     chunks = row_chunks(x.shape[1], rows, first)
     sums = _Sums(group)
     k: Tensor | None = None
@@ -111,7 +112,7 @@ def overlapped_projection(
     Returns:
         ``(B, T, E)``, the same on all processes; so must be the gradient that comes for it.
     """
-    _check(pattern, weight, bias, options)
+    _check(pattern, weight, bias, group, options)
     if not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in (q, k, v)):
         raise bad_value("q, k and v", "must be tensors (batch, tokens, heads, head_dim)", [getattr(x, "shape", x) for x in (q, k, v)])
     past = k.shape[1] - q.shape[1]
@@ -134,7 +135,7 @@ def _projected(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, weight: Tensor
     return _Sum.apply(functional.linear(out, weight), sums)
 
 
-def _check(pattern: Pattern, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
+def _check(pattern: Pattern, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, options: dict[str, Any]) -> None:
     if not isinstance(pattern, Pattern):
         raise bad_kind("pattern", "must be a Pattern", pattern)
     if not isinstance(weight, Tensor):
@@ -146,6 +147,10 @@ def _check(pattern: Pattern, weight: Tensor, bias: Tensor | None, options: dict[
     others = {"causal", "cu_seqlens_q", "cu_seqlens_k", "return_lse"} & set(options)
     if others:
         raise bad_value("options", "must be scale, softcap, sinks, block, layer, heads or backend: rows are causal, and not packed", others)
+    heads = options.get("heads")
+    if isinstance(heads, HeadRange) and heads.num_heads != (heads.end - heads.start) * dist.get_world_size(group):
+        rule = f"must have {heads.num_heads // (heads.end - heads.start)} processes, each with its part of the {heads.num_heads} heads"
+        raise bad_value("group", rule, dist.get_world_size(group))
 
 
 class _Sums:

@@ -42,6 +42,19 @@ def both(numbers: Iterable[Any]) -> Any:
     return one
 
 
+def balanced(cache: HostedCache) -> None:
+    """Every page is free in its memory, or held by as many tables as its count of references says, and of layers that may hold it."""
+    pages, held = cache.pages, torch.zeros(cache.pages.num_pages, dtype=torch.int64)
+    for sequence in pages.sequences:
+        for layer in range(cache.num_layers):
+            table = torch.from_numpy(pages.table(sequence, layer))
+            mine = table[table >= 0].long()
+            held += torch.bincount(mine, minlength=len(held))
+            assert layer not in cache.host_layers or (mine >= cache.num_pages).all()
+    assert held.tolist() == pages.references.tolist()
+    assert int((held[: cache.num_pages] > 0).sum()) == pages.on_device and int((held[cache.num_pages :] > 0).sum()) == pages.on_host
+
+
 def rows(batch: int, tokens: int) -> list[Tensor]:
     widths = ((H, D), (G, D), (G, 6))
     return [torch.randn(batch, tokens, *width, dtype=torch.float64) for width in widths]
@@ -125,9 +138,11 @@ def test_forks_share_and_copy_in_both_memories() -> None:
     for tokens in (5, 1, 60, 1):
         for layer in range(2):
             agree(caches, [first, twin], tokens, layer)
+        balanced(caches[1])
     assert caches[0].bytes_used == caches[1].bytes_used
     for cache in caches:
         cache.free(first)
+    balanced(caches[1])
     for layer in range(2):
         agree(caches, [twin], 7, layer)
     for cache in caches:
@@ -146,6 +161,7 @@ def test_drafts_are_taken_back_from_both() -> None:
     twin = both(cache.fork(sequence) for cache in caches)
     for tokens in (1, 30, 1):
         agree(caches, [sequence, twin], tokens)
+        balanced(caches[1])
 
 
 def test_packed_chunks_of_many_lengths() -> None:

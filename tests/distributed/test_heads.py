@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -39,28 +40,35 @@ def run(q: Any, k: Any, v: Any, sinks: Any, weights: tuple[Any, Any], pattern: A
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, given)]
 
 
+@lru_cache
+def expected_of(pattern: Any, kv_heads: int, sinks: bool, layer: int) -> list[Tensor]:
+    """What one process finds."""
+    q, k, v, s, *weights = whole(kv_heads)
+    return run(q, k, v, s if sinks else None, (weights[0], weights[1]), pattern, layer=layer)
+
+
 def error(found: list[Any], expected: list[Tensor]) -> float:
     full = [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
     return max(float((a - b).abs().max()) for a, b in zip(full, expected, strict=True))
 
 
-def with_dtensors(mesh: DeviceMesh, pattern: Any, kv_heads: int, placements: tuple[Any, Any], sinks: bool = True, **how: Any) -> float:
+def with_dtensors(mesh: DeviceMesh, pattern: Any, kv_heads: int, placements: tuple[Any, Any], sinks: bool = True, layer: int = 0) -> float:
     """Placements of q and of k, v."""
     q, k, v, s, *weights = whole(kv_heads)
-    expected = run(q, k, v, s if sinks else None, (weights[0], weights[1]), pattern, **how)
+    expected = expected_of(pattern, kv_heads, sinks, layer)
     to_q, to_k = placements
     lse_at = {0: Shard(0), 2: Shard(1)}
     to_lse = [lse_at[p.dim] if isinstance(p, Shard) else p for p in to_q]
     to_s = [Shard(0) if p == Shard(2) else Replicate() for p in to_q]
     spread = [distribute_tensor(x, mesh, to) for x, to in ((q, to_q), (k, to_k), (v, to_k))]
     w = distribute_tensor(weights[0], mesh, to_q), distribute_tensor(weights[1], mesh, to_lse)
-    return error(run(*spread, distribute_tensor(s, mesh, to_s) if sinks else None, w, pattern, **how), expected)
+    return error(run(*spread, distribute_tensor(s, mesh, to_s) if sinks else None, w, pattern, layer=layer), expected)
 
 
 def with_ranges(rank: int, ranks: int, pattern: Any, kv_heads: int, layer: int) -> float:
     """Every process has its own heads alone, as behind the projections of Megatron or vLLM."""
     q, k, v, s, *weights = whole(kv_heads)
-    expected = run(q, k, v, s, (weights[0], weights[1]), pattern, layer=layer)
+    expected = expected_of(pattern, kv_heads, True, layer)
     heads = head_range(rank, ranks, num_heads=H, num_kv_heads=kv_heads)
     mine, kv = slice(heads.start, heads.end), kv_head_range(heads)
     local = take_heads(q, heads), take_heads(k, heads, kv=True), take_heads(v, heads, kv=True), s[mine]
@@ -108,6 +116,13 @@ def compiled(mesh: DeviceMesh) -> float:
     return error([function(*(distribute_tensor(x, mesh, [Shard(2)]) for x in (q, k, v)))], [s2attn.attention(q, k, v, S2, layer=1)])
 
 
+def module(mesh: DeviceMesh) -> float:
+    """What `SparseAttention` gives for DTensors."""
+    q, k, v, *_ = whole(4)
+    layer = s2attn.SparseAttention(EACH, num_heads=H, num_kv_heads=4, layer=1)
+    return error([layer(*(distribute_tensor(x, mesh, [Shard(2)]) for x in (q, k, v)))], [layer(q, k, v)])
+
+
 def packed(mesh: DeviceMesh) -> float:
     q, k, v, *_ = whole(4)
     cu = torch.tensor([0, 40, 40, 2 * T], dtype=torch.int32)
@@ -140,6 +155,7 @@ def everything() -> dict[str, Any]:
     found["by batch"] = with_dtensors(meshes[2], S2, 2, ([Shard(0)], [Shard(0)]))
     found["by batch and heads"] = with_dtensors(square, EACH, 4, ([Shard(0), Shard(2)],) * 2)
     found["repeated"] = with_dtensors(meshes[2], EACH, 4, ([Replicate()], [Replicate()]))
+    found["module"] = module(meshes[4])
     found["packed"] = packed(meshes[4])
     found["compiled"] = compiled(meshes[4])
     return {"errors": found, "refused": refusals(meshes[2])}

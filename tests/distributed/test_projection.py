@@ -158,7 +158,16 @@ def everything() -> dict[str, Any]:
     sizes = [(16, None), (16, 3), (7, 30), (1000, None), (70, 70)]
     errors = {f"rows {rows}, first {first}, layer {layer}": block(layer, rows, first) for rows, first in sizes for layer in range(3)}
     errors |= {f"from q, k, v; {past} before, layer {layer}": tail(layer, past) for past in (0, 37) for layer in range(3)}
-    return {"errors": errors, "events": events()}
+    return {"errors": errors, "events": events(), "refused": refused()}
+
+
+def refused() -> str:
+    try:
+        q = torch.zeros(1, 8, 4, 8)
+        overlapped_projection(q, q, q, Window(4), torch.zeros(5, 32), rows=4, heads=s2attn.HeadRange(0, 4, 16, 16))
+    except ValueError as raised:
+        return str(raised)
+    return "nothing was wrong"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +189,11 @@ def test_sums_travel_while_other_rows_are_computed(ended: list[Ended]) -> None:
             assert sorted(line for line in log if line.startswith("summed")) == [f"summed {chunk}" for chunk in range(4)]
             for now, after in pairwise(order):
                 assert log.index(f"{stage} {after} computed") < log.index(f"summed {now}")
+
+
+def test_a_group_of_another_size_is_refused(ended: list[Ended]) -> None:
+    for found in values(ended):
+        assert found["refused"] == "group must have 4 processes, each with its part of the 16 heads; got 2"
 
 
 def test_chunks_cover_all_rows_once() -> None:
