@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from s2attn.backends.checks import lse_dtype
 from s2attn.cache.needs import most_pages, page_needs
 from s2attn.core import Unsupported, check_int
 from s2attn.layout import HeadRange
@@ -112,6 +113,6 @@ def plan_layers(
     away = tuple(layer for layer in range(num_layers) if layer not in stay)
     here, there = pages(sorted(stay)), pages(away)
     v_width = width - head_dim
-    one = (query_heads * (head_dim + v_width) + num_kv_heads * width) * dtype.itemsize + 4 * query_heads  # and a float32 lse
+    one = (query_heads * (head_dim + v_width) + num_kv_heads * width) * dtype.itemsize + lse_dtype(dtype).itemsize * query_heads
     sizes = here, there, here * page_bytes, there * page_bytes
     return LayerPlan(away, tuple(each), *sizes, len(away) * one)

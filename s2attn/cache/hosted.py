@@ -118,16 +118,13 @@ class HostedCache(SparseCache):
         everyone = shape["heads"] or HeadRange(0, query_heads, query_heads, shape["num_kv_heads"])
         needs = page_needs(shape["pattern"], everyone, shape["num_kv_heads"], shape["num_layers"], max_tokens, size)
         how: Any = {"tokens": max_tokens, "chunk": chunk, "page_size": size}
-        stay = [layer for layer in range(len(needs)) if layer not in set(host_layers)]
+        away = [layer for layer in range(len(needs)) if layer in set(host_layers)]
+        stay = [layer for layer in range(len(needs)) if layer not in away]
         kept = np.where(needs < 0, needs, needs + hold)
         if isinstance(spill, int):
             kept = np.minimum(kept, np.arange(1, needs.shape[2] + 1) * size + spill - 1)
-        host = (
-            most_pages(needs if spill is not None else needs[list(host_layers)], hold=hold, **how)
-            if host_layers or spill is not None
-            else 1
-        )
-        enough = sequences * most_pages(kept[stay], **how) if stay else 1
+        enough = sequences * most_pages(kept[stay], **how)
+        host = most_pages(needs[away] if spill is None else needs, hold=hold, **how)
         return cls(
             **shape,
             num_pages=enough if num_pages is None else num_pages,

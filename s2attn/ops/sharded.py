@@ -47,7 +47,7 @@ def check(q: Any, k: Any, v: Any, sinks: Any, pattern: Any, heads: HeadRange | N
     if not isinstance(pattern, Pattern):
         why = "its lists are those of one process: give a Pattern, or call it on local tensors"
         raise Unsupported("attention on DTensors needs a pattern", {type(pattern).__name__: [why]})
-    kv_heads, heads_at, parts = k.shape[-2], q.dim() - 2, 1
+    kv_heads, heads_at, parts, rows = k.shape[-2], q.dim() - 2, 1, 1
     rule = f"must be cut alike along an axis of the mesh: by heads (Shard({heads_at})), by batch, or not at all"
     for axis, placed in enumerate(zip(*(x.placements for x in (q, k, v)), strict=True)):
         by_heads, by_batch = placed[0].is_shard(heads_at), q.dim() == 4 and placed[0].is_shard(_BATCH)
@@ -55,6 +55,9 @@ def check(q: Any, k: Any, v: Any, sinks: Any, pattern: Any, heads: HeadRange | N
         if not (by_heads or by_batch or placed[0].is_replicate()) or not (shared or placed[0] == placed[1] == placed[2]):
             raise bad_value("q, k and v", rule, placed)
         parts *= q.device_mesh.size(axis) if by_heads else 1
+        rows *= q.device_mesh.size(axis) if by_batch else 1
+        if q.shape[0] % rows:
+            raise bad_value("q, k and v", f"must have a multiple of {rows} in their batch, which is cut so often", q.shape[0])
         if q.shape[-2] % parts or (kv_heads % parts and not shared):
             rule = f"must have a multiple of {parts} heads, one part for each process (one KV head may also be replicated)"
             raise bad_value("q and k", rule, f"{q.shape[-2]} over {kv_heads}")

@@ -118,6 +118,8 @@ def test_bytes_on_the_bus_are_queries_and_results_and_not_the_cache() -> None:
     assert cache.bus.to_host - there == 2 * 2 * 8 * (H * D + G * (D + 6))
     assert cache.bus.to_device - back == 2 * 2 * 8 * (H * 6 + H)
     assert cache.bytes_on_device == 0
+    plan = plan_layers(Dense(), device_bytes=0, tokens=MOST, num_layers=2, **SHAPE)
+    assert 2 * plan.bytes_per_token == cache.bus.to_host - there + cache.bus.to_device - back
 
 
 def test_spilled_pages_cross_once() -> None:
@@ -266,6 +268,8 @@ def test_what_cannot_be_right_is_refused() -> None:
         HostedCache(Dense(), num_pages=1, host_pages=0, max_tokens=10, **SHAPE)
     with pytest.raises(ValueError, match="must be left out where device_bytes"):
         HostedCache.for_model(model(), max_tokens=50, device_bytes=1000, spill=5)
+    with pytest.raises(ValueError, match="host_layers must name layers below 3"):
+        HostedCache.for_model(model(), max_tokens=50, host_layers=[3])
     with pytest.raises(s2attn.Unsupported, match="need 6 bytes more"):
         plan_layers(Dense(), device_bytes=4, weight_bytes=10, num_layers=1, num_kv_heads=1, head_dim=8, tokens=5)
     _, cache = pair(Dense())

@@ -98,6 +98,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "range": lambda: s2attn.attention(*every, S2, heads=HeadRange(0, H, H, 4)),
         "layout": lambda: s2attn.attention(*every, s2attn.build_layout(S2, H, 4, T)),
         "partial": lambda: s2attn.attention(*(DTensor.from_local(x, mesh, [Partial()]) for x in (q, k, v)), S2),
+        "batch": lambda: s2attn.attention(*(spread(x[:1], [Shard(0)]) for x in (q, k, v)), S2),
         "uneven": lambda: s2attn.attention(*(spread(x[:, :, :h], by_heads) for x, h in ((q, 6), (k, 3), (v, 3))), S2),
     }
     said = {}
@@ -183,6 +184,7 @@ def test_every_split_gives_the_numbers_of_one_process(ended: list[Ended]) -> Non
         ("range", "ValueError: heads must be left out for DTensors"),
         ("layout", "Unsupported: attention on DTensors needs a pattern"),
         ("partial", "ValueError: q, k and v must be cut alike"),
+        ("batch", "ValueError: q, k and v must have a multiple of 2 in their batch"),
         ("uneven", "ValueError: q and k must have a multiple of 2 heads"),
     ],
 )
