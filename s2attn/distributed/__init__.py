@@ -1,1 +1,1 @@
-"""Attention over several devices, on torch.distributed: context parallelism and tensor parallelism."""
+"""Attention over several processes, on `torch.distributed`."""
