@@ -28,6 +28,7 @@ _agreed: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """For each group the calls that its ranks have found to be alike."""
 
 
+@torch.compiler.disable(reason="plans are made on the host, and collectives with split sizes run as they are")
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -51,7 +52,7 @@ def context_attention(
     """`attention` over a sequence of which every rank of a group holds a part of the tokens, the same part of q, k and v.
 
     Collective: every rank calls it alike, and every rank runs backward or none. The result is that of one process on the whole sequence.
-    What travels between ranks is known before the call, since the pattern is: see `context_traffic`.
+    What travels between ranks is known before the call, since the pattern is: see `context_traffic`. `torch.compile` goes around the call.
 
     * ``"all-gather"``: all K and V to everyone; gradients come back by reduce-scatter.
     * ``"exchange"``: each rank gets only the blocks that its rows list, for every KV head apart, and sends back only their gradients.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import s2attn
-from s2attn import ByRange, Dense, Local, Pattern, Recipe, Sink, Stride, Window, preset
+from s2attn import ByRange, Dense, HeadRange, Local, Pattern, Recipe, Sink, Stride, Window, preset
 from s2attn.distributed.context import context_attention
 from s2attn.distributed.shards import Shards
 from s2attn.distributed.traffic import WAYS, context_traffic
@@ -32,7 +34,8 @@ SMALL: dict[str, dict[str, int]] = {
     "bigbird": {"window": 2, "random": 2, "global_blocks": 1, "block": 16},
 }
 RANGED = ByRange([(0, 40, Dense()), (40, 150, Stride(2, block=16)), (150, None, Stride(5, block=16))])
-GROUPS: dict[int, Any] = {}
+GROUPS: dict[tuple[int, ...], Any] = {}
+MEMBERS = {2: [2, 3]}
 
 
 def small(name: str) -> Pattern:
@@ -68,11 +71,12 @@ def whole(seqlen: int, dtype: torch.dtype, packed: bool) -> list[Tensor]:
 
 def case(ranks: int, pattern: Pattern, seqlen: int, shards: Shards, way: str, **how: Any) -> float:
     """The largest difference of this rank's rows and gradients from those of one process."""
-    group, rank = GROUPS[ranks], dist.get_rank()
-    if rank >= ranks:
+    members = MEMBERS[ranks] if how.pop("last", False) else list(range(ranks))
+    if dist.get_rank() not in members:
         return 0.0
+    group, rank = GROUPS[tuple(members)], members.index(dist.get_rank())
     dtype, cu = how.pop("dtype", torch.float64), how.pop("cu", None)
-    sinks_too = how.pop("sinks", False)
+    sinks_too, checkpointed = how.pop("sinks", False), how.pop("checkpointed", False)
     q, k, v, sinks, dout, dlse = whole(seqlen, dtype, cu is not None)
     dim = 0 if cu is not None else 1
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
@@ -82,7 +86,9 @@ def case(ranks: int, pattern: Pattern, seqlen: int, shards: Shards, way: str, **
     expected = s2attn.attention(q, k, v, pattern, return_lse=True, **packing, **given, **how)
     given = {"sinks": mine[3]} if sinks_too else {}
     packed = None if cu is None else torch.tensor(cu)
-    found = context_attention(*mine[:3], pattern, group=group, shards=shards, way=way, return_lse=True, cu_seqlens=packed, **given, **how)
+    options: Any = {"group": group, "shards": shards, "way": way, "return_lse": True, "cu_seqlens": packed, **given, **how}
+    call = partial(checkpoint, context_attention, use_reentrant=False) if checkpointed else context_attention
+    found = call(*mine[:3], pattern, **options)
     assert found[0].shape == (*mine[0].shape[:-1], DV)
     off = [difference(found[0], shards.split(expected[0], rank, dim)), difference(found[1], shards.split(expected[1], rank, dim + 1))]
     seen = torch.isfinite(expected[1])
@@ -99,7 +105,8 @@ def case(ranks: int, pattern: Pattern, seqlen: int, shards: Shards, way: str, **
 
 
 def everything() -> dict[str, Any]:
-    GROUPS.update({ranks: dist.new_group(list(range(ranks))) for ranks in (1, 2, 4)})
+    for members in ((0,), (0, 1), (2, 3), (0, 1, 2, 3)):
+        GROUPS[members] = dist.new_group(list(members))
     errors = {}
     for number, name in enumerate(PRESETS):
         for ranks in (2, 4):
@@ -116,6 +123,11 @@ def everything() -> dict[str, Any]:
         errors[f"{way}, rows without keys"] = case(4, ByRange([(40, 80, Dense())]), 128, contiguous, way)
         errors[f"{way}, one rank"] = case(1, small("s2"), 128, Shards.contiguous(128, 1), way)
         errors[f"{way}, heads of their own"] = case(2, Stride(3, block=16, heads="query"), 96, Shards.zigzag(96, 2), way, layer=1)
+        # Half of the heads, as under tensor parallelism, in a group whose ranks are not the numbers of the processes.
+        tensor: dict[str, Any] = {"heads": HeadRange(4, 8, 8, 4), "last": True}
+        errors[f"{way}, half of the heads"] = case(2, small("s2"), 320, Shards.zigzag(320, 2), way, **tensor)
+        errors[f"{way}, checkpointed"] = case(2, small("s2"), 320, Shards.zigzag(320, 2), way, checkpointed=True)
+    errors["auto"] = case(4, small("s2"), 320, Shards.zigzag(320, 4), "auto")
     single = {way: case(4, RANGED, 360, Shards.zigzag(360, 4), way, block=16, dtype=torch.float32) for way in WAYS}
     return {"errors": errors, "float32": single, "bytes": bytes_on_the_wire(), "bits": same_bits(), "refused": refusals()}
 
@@ -159,7 +171,7 @@ def counted() -> Iterator[dict[str, int]]:
 def bytes_on_the_wire() -> dict[str, tuple[int, int]]:
     """For each way and direction the bytes that were sent, and those that were planned."""
     found = {}
-    rank, group = dist.get_rank(), GROUPS[4]
+    rank, group = dist.get_rank(), GROUPS[0, 1, 2, 3]
     for dtype in (torch.float32, torch.bfloat16):
         for kind, shards in shardings(320, 4).items():
             traffic = context_traffic(RANGED, H, G, shards=shards)
@@ -185,7 +197,7 @@ def same_bits() -> bool:
     for way in WAYS:
         for _ in range(2):
             q, k, v = (shards.split(x, rank).requires_grad_() for x in whole(320, torch.float32, False)[:3])
-            out = context_attention(q, k, v, RANGED, group=GROUPS[4], shards=shards, way=way)
+            out = context_attention(q, k, v, RANGED, group=GROUPS[0, 1, 2, 3], shards=shards, way=way)
             made.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     return all(torch.equal(x, y) for a, b in zip(made[::2], made[1::2], strict=True) for x, y in zip(a, b, strict=True))
 
@@ -284,6 +296,24 @@ def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
     died = run_ranks(__file__, "one_dies", 2, seconds=60)
     assert died[1] == Ended()
     assert died[0].error is not None and "RuntimeError" in died[0].error
+
+
+def one_rank() -> float:
+    """Compiled code goes around the call, and back into compiled code behind it; under autocast it runs in the autocast dtype."""
+    q, k, v = (torch.randn(1, 64, heads, 8, requires_grad=True) for heads in (H, G, G))
+
+    def layer(*parts: Tensor) -> Tensor:
+        return context_attention(*(2 * part for part in parts), Window(20)).sin()
+
+    expected, found = layer(q, k, v), torch.compile(layer, backend="eager")(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert context_attention(q, k, v, Window(20)).dtype == torch.bfloat16
+    (found.sum() - expected.sum()).backward()
+    return difference(found, expected) + max(float(x.grad.abs().max()) for x in (q, k, v) if x.grad is not None)
+
+
+def test_compiled_code_goes_around_it() -> None:
+    assert values(run_ranks(__file__, "one_rank", 1)) == [0.0]
 
 
 def test_without_a_process_group_it_says_so() -> None:
