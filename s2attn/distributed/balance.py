@@ -16,7 +16,7 @@ from s2attn.layout.tiles import TileTable
 from s2attn.patterns import Pattern, Recipe
 from s2attn.patterns.runs import Array
 
-EVEN = 1.01
+EVEN = 1.03
 """The busiest rank over the mean that is good enough: finer parts would be more even, and would have more neighbours to ask."""
 
 

@@ -69,20 +69,31 @@ class ContextReport:
         """All figures as plain JSON values."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("sharding", "busiest/mean work", "way", "forward", "(mean)", "backward", "(mean)", "K, V held")]
+    @property
+    def title(self) -> str:
+        """What was asked, and what the table's numbers are."""
+        layers = "" if self.layers == 1 else f", {self.layers} layers together"
+        asked = f"{self.seqlen:,} tokens on {self.ranks:,} ranks{layers}"
+        return f"context parallelism: {asked}; of the busiest rank, work over the mean and bytes"
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Heading and one line for each sharding and way."""
+        lines = [["sharding", "work", "way", "forward", "mean", "backward", "mean", "held"]]
         for sharding in self.shardings:
-            names = (sharding.sharding, f"{sharding.imbalance:.3f}")
+            names = [sharding.sharding, f"{sharding.imbalance:.3f}"]
             for one in sharding.ways:
                 numbers = (one.forward, one.forward_mean, one.backward, one.backward_mean, one.held)
-                rows.append((*names, one.way, *(amount(round(number), "B", 1024) for number in numbers)))
-                names = ("", "")
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+                lines.append([*names, one.way, *(amount(round(number), "B", 1024) for number in numbers)])
+                names = ["", ""]
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.table
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         left = (0, 2)
-        padded = [[f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
-        layers = "" if self.layers == 1 else f", {self.layers} layers together"
-        head = f"context parallelism: {self.seqlen:,} tokens on {self.ranks:,} ranks{layers}; bytes of the busiest rank"
-        return "\n".join([head, *("  ".join(row).rstrip() for row in padded)])
+        padded = [[f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(line)] for line in lines]
+        return "\n".join([self.title, *("  ".join(line).rstrip() for line in padded)])
 
 
 def describe_context(
@@ -111,10 +122,10 @@ def describe_context(
 
     >>> from s2attn.patterns import Sink, Window
     >>> print(describe_context(Sink(64) | Window(1024), 8, 8, 1 << 20, ranks=64))
-    context parallelism: 1,048,576 tokens on 64 ranks; bytes of the busiest rank
-    sharding    busiest/mean work  way          forward    (mean)  backward    (mean)  K, V held
-    contiguous              1.001  all-gather  3.94 GiB  3.94 GiB  7.88 GiB  7.88 GiB   4.00 GiB
-                                   exchange    19.8 MiB  4.49 MiB  19.8 MiB  4.49 MiB   68.2 MiB
+    context parallelism: 1,048,576 tokens on 64 ranks; of the busiest rank, work over the mean and bytes
+    sharding     work  way          forward      mean  backward      mean      held
+    contiguous  1.001  all-gather  3.94 GiB  3.94 GiB  7.88 GiB  7.88 GiB  4.00 GiB
+                       exchange    19.8 MiB  4.49 MiB  19.8 MiB  4.49 MiB  68.2 MiB
     ...
     """
     ranks, layers, layer = check_int("ranks", ranks, 1), check_int("layers", layers, 1), check_int("layer", layer, 0)

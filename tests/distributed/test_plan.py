@@ -199,7 +199,7 @@ def test_balanced_shards_are_even(pattern: Pattern) -> None:
     shards = balanced_shards(pattern, 8, 8, seqlen, ranks=ranks)
     traffic = context_traffic(pattern, 8, 8, shards=shards)
     assert shards.tokens == seqlen // ranks
-    assert traffic.imbalance <= 1.02
+    assert traffic.imbalance <= 1.03
     assert traffic.imbalance <= context_traffic(pattern, 8, 8, seqlen, shards=("contiguous", ranks)).imbalance
 
 
