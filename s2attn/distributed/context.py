@@ -64,7 +64,8 @@ def context_attention(
         group: the ranks that share the sequence; the default group when None.
         shards: which tokens each rank holds: `Shards`, or "contiguous" or "zigzag".
         way: one of the above; "auto" takes the one whose busiest rank moves the fewest bytes (all-gather where they are equal).
-        cu_seqlens: cumulative lengths of the packed sequences of all ranks together, the same on every rank.
+        cu_seqlens: cumulative lengths of the packed sequences of all ranks together, the same on every rank; best on the CPU, where
+            reading them waits for nothing.
         causal, scale, softcap, sinks, return_lse, block, layer, heads, backend: as of `attention`. The gradient of sinks is this rank's
             part, to be summed like those of other replicated parameters.
 

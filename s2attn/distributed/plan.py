@@ -212,13 +212,13 @@ class RankPlans:
         return row, np.bincount(to, minlength=asked.shards.ranks).tolist()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def plans_of(asked: Asked, rank: int) -> RankPlans:
-    """The plans of one rank; calls that ask for the same find them made."""
+    """The plans of one rank. Few are kept: what they were made from is larger than what :func:`plan_on` keeps."""
     return RankPlans(asked, rank)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def plan_on(asked: Asked, rank: int, way: str, device: torch.device) -> ExchangePlan | GatherPlan | RingPlan:
-    """The plan of one way on a device."""
+    """The plan of one way on a device; calls that ask for the same find it made."""
     return getattr(plans_of(asked, rank), {"all-gather": "gather", "exchange": "exchange", "ring": "ring"}[way]).to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Shards:
         """The sharding of that name: "contiguous" or "zigzag"."""
         if name not in NAMED:
             raise bad_value("shards", f"must be Shards or one of {', '.join(NAMED)}", repr(name))
-        return cls.contiguous(seqlen, ranks) if name == "contiguous" else cls.zigzag(seqlen, ranks)
+        return _named(name, seqlen, ranks)
 
     @classmethod
     def of_chunks(cls, seqlen: int, chunks: Sequence[Sequence[int]]) -> Shards:
@@ -149,3 +149,9 @@ class Shards:
             raise bad_kind("x", "must be a tensor", x)
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != tokens:
             raise bad_value("x", f"must have {tokens} tokens on axis {dim}", tuple(x.shape))
+
+
+@lru_cache(maxsize=256)
+def _named(name: str, seqlen: int, ranks: int) -> Shards:
+    """Calls of one length find the object that the first one made."""
+    return Shards.contiguous(seqlen, ranks) if name == "contiguous" else Shards.zigzag(seqlen, ranks)

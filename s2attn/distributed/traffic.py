@@ -87,7 +87,7 @@ class Traffic:
         return min(WAYS, key=lambda way: self.busiest(way, pair_bytes, sum_bytes, backward=backward))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def traffic_of(asked: Asked) -> Traffic:
     """Count what a plan moves; time grows with the rows of all ranks, memory with the blocks of the sequence."""
     ranks, kv_heads, groups = asked.shards.ranks, asked.num_kv_heads, asked.groups

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -241,6 +243,19 @@ def one_dies() -> float:
     return 0.0
 
 
+def one_is_late() -> str:
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    q, k = torch.randn(1, 32, H, D), torch.randn(1, 32, G, D)
+    if dist.get_rank() == 1:
+        time.sleep(5)
+        return "late"
+    try:
+        context_attention(q, k, k, Local(3, block=16), group=group)
+    except RuntimeError as raised:
+        return type(raised).__name__
+    return "nothing"
+
+
 @pytest.fixture(scope="module")
 def ended() -> list[Ended]:
     return run_ranks(__file__, "everything", 4)
@@ -296,6 +311,10 @@ def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
     died = run_ranks(__file__, "one_dies", 2, seconds=60)
     assert died[1] == Ended()
     assert died[0].error is not None and "RuntimeError" in died[0].error
+
+
+def test_a_rank_that_does_not_come_is_an_error_after_the_timeout_of_the_group() -> None:
+    assert values(run_ranks(__file__, "one_is_late", 2, seconds=60)) == ["RuntimeError", "late"]
 
 
 def one_rank() -> float:
