@@ -78,7 +78,7 @@ __all__ = [
     "warmup_decode",
 ]
 
-# The lab, the selectors, serving and several devices are loaded when they are first asked for: attention alone does not need them.
+# The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Report": "s2attn.lab.describe",
     "Sampling": "s2attn.nn.sampling",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from s2attn.backends import pick
 from s2attn.core import Unsupported, bad_kind, bad_value
 from s2attn.distributed.exchange import all_gather, bring, sum_dtype
 from s2attn.distributed.pieces import Asked
@@ -24,8 +25,9 @@ from s2attn.ops.checks import check_cu_seqlens, check_heads, check_scale, check_
 from s2attn.ops.selector import Selector
 from s2attn.patterns import Pattern
 
-_agreed: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-"""For each group the calls that its ranks have found to be alike."""
+_agreed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+"""For each group the hashes of calls that its ranks have found to be alike."""
+_KEEP_CALLS = 4096
 
 
 @torch.compiler.disable(reason="plans are made on the host, and collectives with split sizes run as they are")
@@ -88,12 +90,15 @@ def context_attention(
         raise bad_value("k", f"must have as many tokens as q, {q.shape[-3]}", k.shape[-3])
     if way != "auto" and way not in WAYS:
         raise bad_value("way", f"must be auto or one of {', '.join(WAYS)}", repr(way))
+    if not isinstance(backend, str):
+        raise bad_kind("backend", "must be a string", backend)
     group, rank, ranks = _check_group(group)
     shards = _check_shards(shards, q.shape[-3], ranks)
     lengths = _lengths(cu_seqlens, shards.seqlen)
     settings: Any = {"lengths": lengths, "block": block, "causal": causal, "layer": layer, "heads": heads}
     asked = ask(pattern, q.shape[-2], k.shape[-2], shards, **settings)
     q, k, v = autocast(q, k, v)
+    pick(backend, q, k, v)  # what no backend here can do is said before anything is sent
     if packed:
         q, k, v = q[None], k[None], v[None]
     grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
@@ -157,10 +162,12 @@ def _agree(group: dist.ProcessGroup, asked: Asked, q: Tensor, k: Tensor, v: Tens
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), str(q.dtype))
     plan = (asked.num_heads, asked.num_kv_heads, asked.lengths, asked.block, asked.causal, *(one.to_json() for one in asked.resolved))
     call = f"{how};{shapes};{plan};{asked.shards.digest}"
-    known = _agreed.setdefault(group, set())
-    if call in known:
-        return
     mine = int.from_bytes(hashlib.sha256(call.encode()).digest()[:7], "big")
+    known = _agreed.setdefault(group, set())
+    if mine in known:
+        return
+    if len(known) >= _KEEP_CALLS:  # on every rank at the same call, as they all make the same ones
+        known.clear()
     everyone = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=q.device)
     all_gather(everyone, torch.tensor([mine], device=q.device), group)
     numbers = everyone.tolist()
@@ -168,4 +175,4 @@ def _agree(group: dist.ProcessGroup, asked: Asked, q: Tensor, k: Tensor, v: Tens
         other = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
         rule = "must be called alike on all ranks (pattern, shards, shapes, dtype, way, requires_grad)"
         raise bad_value("context_attention", rule, f"another call on ranks {other[:8]} than on rank 0")
-    known.add(call)
+    known.add(mine)

@@ -161,8 +161,8 @@ class RankPlans:
             slots = max(slots, len(blocks))
             wanted.append(ranges(keys.block_ptr[blocks], keys.block_ptr[blocks + 1] - keys.block_ptr[blocks]))
         by_group = dict(zip(found.blocks, wanted, strict=True))
-        got = self._incoming([by_group[group] for group in asked.groups], [slot_of[group] for group in asked.groups])
-        holder, token, place = got
+        by_head = [by_group[group] for group in asked.groups], [slot_of[group] for group in asked.groups]
+        holder, token, place = self._incoming(*by_head)
         local = holder == rank
         arrived = np.flatnonzero(~local)[np.argsort(holder[~local], kind="stable")]
         send, send_splits = self._outgoing(mine, pieces)

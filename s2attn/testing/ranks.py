@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_SECONDS = 20.0
+COLLECTIVE_SECONDS = 60.0
 """After so long a collective that somebody does not join is an error."""
 
 
@@ -33,7 +33,7 @@ class Ended:
     error: str | None = None
 
 
-def run_ranks(script: Path | str, function: str, ranks: int, *, seconds: float = 90.0) -> list[Ended]:
+def run_ranks(script: Path | str, function: str, ranks: int, *, seconds: float = 180.0) -> list[Ended]:
     """Call a function of a script in so many processes, and return how each ended.
 
     Args:
