@@ -27,6 +27,7 @@ def show(
     seqlen: Annotated[int, typer.Option(help="Context length in tokens.")] = 4096,
     layers: Annotated[int, typer.Option(help="Layers, for what the union of the layers sees.")] = 1,
     layer: Annotated[int, typer.Option(help="Layer that is drawn, for recipes and patterns that differ by layer.")] = 0,
+    ranks: Annotated[int | None, typer.Option(help="Count what context parallelism on so many ranks moves, too.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the heads side by side into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -34,7 +35,7 @@ def show(
     with clear_errors():
         from s2attn.cli.show import Asked, show_pattern
 
-        show_pattern(what, Asked(heads, kv_heads, seqlen, layers, layer), png=png, as_json=json)
+        show_pattern(what, Asked(heads, kv_heads, seqlen, layers, layer, ranks), png=png, as_json=json)
 
 
 @app.command()
