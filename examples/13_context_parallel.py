@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 import s2attn
 from s2attn import Local, Recipe, Shards, Stride
-from s2attn.lab.model import LanguageModel, ModelConfig, rotations
+from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.nn.rotary import frequencies, rotations
 
 TOKENS, STEPS = 512, 4
 CONFIG = ModelConfig(layers=2, width=64, hidden=128, recipe=Recipe(Local(1) | Stride(4), dense_layers=[1]))
@@ -45,7 +46,7 @@ class ShardedModel(LanguageModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         place = self.shards.positions(self.rank)
-        rotation = rotations(place[None], CONFIG.head_dim, CONFIG.rope_base)
+        rotation = rotations(place[None], frequencies(CONFIG.head_dim, CONFIG.rope_base))
         x = self.shards.split(self.embed(tokens), self.rank)  # a byte's embedding looks at the bytes before it, whoever holds them
         for block in self.blocks:
             x = block(x, rotation)
