@@ -87,6 +87,7 @@ def main() -> None:
         shown = ", ".join(f"{loss:.4f}" for loss in found.tolist())
         print(f"{ranks} ranks of {shards.tokens} tokens each, losses {shown}: those of one process")
         print(f"the sparse layer brought rank 0 {int(traffic.received[0]):,} of {shards.tokens * CONFIG.kv_heads:,} keys")
+    dist.barrier()  # no rank leaves while another one is still at work
     dist.destroy_process_group()
 
 
