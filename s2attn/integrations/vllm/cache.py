@@ -41,6 +41,12 @@ class S2CacheSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         return self.most_held * self.page_size_bytes
 
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Only layers whose blocks live equally long may share a table: vLLM manages it by the spec of its first layer alone."""
+        return all(
+            isinstance(spec, S2CacheSpec) and (spec.model, spec.layer) == (self.model, self.layer) for spec in kv_cache_specs.values()
+        )
+
 
 def spec_of(spec: AttentionSpec, model: Model, layer: int, in_flight: int) -> AttentionSpec:
     """The cache of a layer: with freed blocks where that is worth a block table of another kind, else as vLLM has it."""

@@ -1,7 +1,7 @@
 """Runs real vLLM engines, one after another in a process of their own: ``python engine.py cases.json results.json``.
 
-A case is an object: ``model``, ``options`` for `LLM`, ``rounds`` (a list of prompts for each call of `generate`) and ``new`` tokens to write.
-Its result is the tokens, what came from the prefix cache and what each group of layers held of the KV cache; or ``error``.
+A case is an object: ``model``, ``options`` for `LLM`, ``rounds`` (a list of prompts for each call of `generate`), and how many ``new``
+tokens to write. Its result is the tokens, what came from the prefix cache and what each group of layers held of the KV cache; or ``error``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps({name: run(case) for name, case in cases.items()}))
+    results = {}
+    for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
+        start = time.monotonic()
+        results[name] = run(case)
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    Path(sys.argv[2]).write_text(json.dumps(results))

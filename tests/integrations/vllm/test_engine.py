@@ -23,12 +23,12 @@ sys.path.insert(0, str(HERE))
 from tiny import LONGEST, greedy, save_gemma, save_llama  # noqa: E402 - a file beside this one, shared by tests of one folder
 
 DENSE = Recipe(Dense())
-# Heads with strides of their own: no block is unread by all of them for good, so nothing is freed.
-STRIDED = Recipe(Local(2, block=16) | Stride(3, block=16), dense_layers=[1])
+# Heads with strides of their own, which read all blocks between them, so nothing is freed.
+STRIDED = Recipe(Local(2, block=16) | Stride(2, block=16), dense_layers=[1])
 # Sink and window: all but a few blocks are freed. Two layers that see everything keep theirs.
 WINDOWS = Recipe(PerHead({0: Sink(20) | Window(40)}, default=Window(30)), dense_layers=[0, 2])
-# Every layer frees, layers of two kinds: there is no dense group.
-NO_DENSE = Recipe(Sink(16) | Window(50), layers={1: Window(20), 3: Window(20)})
+# Every layer frees, layers of two kinds, the first less than the others need: there is no dense group.
+NO_DENSE = Recipe(Sink(16) | Window(50), layers={0: Window(20), 2: Window(20)})
 
 
 def prompts_of(*lengths: int, seed: int = 1) -> list[list[int]]:
@@ -92,7 +92,12 @@ def run_engines(cases: dict[str, Any], folder: Path, seconds: int) -> dict[str, 
     asked, answered = folder / "cases.json", folder / "results.json"
     asked.write_text(json.dumps(cases))
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1"}
-    how = {"S2ATTN_VLLM_CPU": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    how = {
+        "S2ATTN_VLLM_CPU": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(HERE / "engine.py"), str(asked), str(answered)]
     done = subprocess.run(command, env={**inherited, **quiet, **how}, capture_output=True, text=True, timeout=seconds)
@@ -109,7 +114,7 @@ def asked_of(cases: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_engines(asked_of(CASES, folders), tmp_path_factory.mktemp("one"), 240)
+    return run_engines(asked_of(CASES, folders), tmp_path_factory.mktemp("one"), 500)
 
 
 def check_tokens(found: dict[str, Any], model: str, recipe: Recipe, rounds: list[list[list[int]]]) -> None:
@@ -118,13 +123,13 @@ def check_tokens(found: dict[str, Any], model: str, recipe: Recipe, rounds: list
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_tokens_are_those_of_transformers(name: str, results: dict[str, Any], folders: dict[str, str]) -> None:
     model, recipe, rounds, _ = CASES[name]
     check_tokens(results[name], folders[model], recipe, rounds)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_patterns_matter(folders: dict[str, str]) -> None:
     """Else the tests above would not see whether a recipe is heeded."""
     texts = [greedy(folders["llama"], recipe, MIXED[:1], NEW) for recipe in (DENSE, STRIDED, WINDOWS, NO_DENSE)]
@@ -149,19 +154,19 @@ def test_prefixes_are_found(results: dict[str, Any]) -> None:
         assert fourth == (32 if name == "prefix cache" else fourth)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_ranks_hold_their_own_heads(folders: dict[str, str], tmp_path: Path) -> None:
-    found = run_engines(asked_of(TWO_RANKS, folders), tmp_path, 200)
+    found = run_engines(asked_of(TWO_RANKS, folders), tmp_path, 250)
     for name, (model, recipe, rounds, _) in TWO_RANKS.items():
         check_tokens(found[name], folders[model], recipe, rounds)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_what_is_not_honoured_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     cases = {
         name: {"model": folders["llama"], "options": options(STRIDED, **more), "rounds": [[[5]]], "new": 1}
         for name, (more, _) in REFUSED.items()
     }
-    found = run_engines(cases, tmp_path, 120)
+    found = run_engines(cases, tmp_path, 250)
     for name, (_, message) in REFUSED.items():
         assert message in found[name].get("error", ""), (name, found[name])
