@@ -37,8 +37,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     llm = None
     try:
         llm = LLM(case["model"], skip_tokenizer_init=True, dtype="float32", disable_log_stats=True, **case["options"])
-        core = llm.llm_engine.engine_core.engine_core
-        groups = [watch(manager) for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers]
+        # Where the engine has a process of its own, as `vllm serve` runs it, its cache is out of sight.
+        core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+        managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers if core else []
+        groups = [watch(manager) for manager in managers]
         how = SamplingParams(temperature=0, max_tokens=case["new"], ignore_eos=True, detokenize=False)
         tokens, cached = [], []
         for prompts in case["rounds"]:
