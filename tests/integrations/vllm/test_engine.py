@@ -169,10 +169,10 @@ def test_prefixes_are_found(results: dict[str, Any]) -> None:
         assert fourth == (32 if name == "prefix cache" else fourth)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_two_ranks_hold_their_own_heads(folders: dict[str, str], tmp_path: Path) -> None:
     """The front, the engine and both workers are processes of their own, and each loads the plug-in."""
-    found = run_engines(asked_of(TWO_RANKS, folders), tmp_path, 300, served=True)
+    found = run_engines(asked_of(TWO_RANKS, folders), tmp_path, 400, served=True)
     for name, (model, recipe, rounds, _) in TWO_RANKS.items():
         check_tokens(found[name], folders[model], recipe, rounds)
 
