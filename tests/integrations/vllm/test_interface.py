@@ -111,6 +111,33 @@ def test_what_we_read_is_there(source: str) -> None:
     )
 
 
+def defined(path: Path) -> set[str]:
+    """Names at the top of a module."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {x.id for x in targets if isinstance(x, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_we_import_is_there(source: str) -> None:
+    missing = []
+    for file in sorted(OURS.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
+                place = SOURCES[source].joinpath(*node.module.split(".")[1:])
+                path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                known = defined(path)
+                missing += [f"{file.name}: {node.module}.{alias.name}" for alias in node.names if alias.name not in known]
+    assert missing == []
+
+
 def test_these_are_the_versions_that_are_accepted() -> None:
     def version(root: Path) -> tuple[int, ...]:
         text = (root / "_version.py").read_text()
