@@ -194,7 +194,9 @@ class S2AttentionImpl(AttentionImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find out which layer this is, and give it the kind of cache that its pattern allows."""
         layers = self.config.compilation_config.static_forward_context
-        layer = next(layer for layer in layers.values() if getattr(layer, "impl", None) is self)
+        layer = next((layer for layer in layers.values() if getattr(layer, "impl", None) is self), None)
+        if layer is None:
+            raise Unsupported("s2attn cannot serve this model as asked", {NAME: ["attention outside of the layers that vLLM lists"]})
         self.layer = extract_layer_index(layer.layer_name)
         self.pattern = self.recipe.pattern(self.layer)
         if self.config.speculative_config is None and not self.config.scheduler_config.disable_hybrid_kv_cache_manager:
