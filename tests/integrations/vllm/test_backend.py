@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import vllm
 from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -15,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from s2attn import Dense, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, attention
 from s2attn.integrations.spec import FIELD, to_spec
-from s2attn.integrations.vllm import NAME, backend, register
+from s2attn.integrations.vllm import NAME, backend, plugin, register
 from s2attn.integrations.vllm.backend import S2AttentionImpl, S2Backend, S2Metadata, S2MetadataBuilder
 from s2attn.integrations.vllm.cache import S2CacheSpec
 
@@ -275,6 +281,25 @@ def test_vllm_knows_the_backend_by_its_name() -> None:
     register()
     assert AttentionBackendEnum[NAME].get_class() is S2Backend
     assert S2Backend.get_name() == NAME
+
+
+def test_the_choice_reaches_a_process_that_has_not_loaded_plug_ins() -> None:
+    """A spawned engine or worker unpickles its configuration first of all."""
+    register()
+    chosen = pickle.dumps(AttentionBackendEnum[NAME])
+    assert pickle.loads(chosen) is AttentionBackendEnum[NAME] is copy.deepcopy(AttentionBackendEnum[NAME])
+    code = f"import pickle; print(pickle.loads({chosen!r}).get_path())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines()[-1:] == ["s2attn.integrations.vllm.backend.S2Backend"], done.stderr[-2000:]
+
+
+def test_another_version_is_refused_and_vllm_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.40.1")
+    with pytest.raises(Unsupported, match=r"must be 0\.32 to 0\.33, the versions that were tested; got 0\.40\.1"):
+        register()
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    plugin()
+    assert "S2ATTN is not available" in caplog.text
 
 
 def test_what_vllm_may_select_it_for() -> None:

@@ -47,11 +47,13 @@ LONG = prompts_of(160)[0]
 SHARED = [[LONG], [LONG[:130] + prompts_of(9, seed=2)[0]], [LONG], [LONG[:40] + prompts_of(30, seed=3)[0]]]
 CHUNKS = {"max_num_batched_tokens": 40, "enable_chunked_prefill": True}
 CACHED = {"enable_prefix_caching": True}
+# A CPU does not heed the choice, but it is read, and sent to all processes.
+CHOSEN = {"attention_backend": "S2ATTN"}
 
 # name: model, recipe, rounds of prompts, options
 CASES: dict[str, tuple[str, Recipe, list[list[list[int]]], dict[str, Any]]] = {
     "dense": ("llama", DENSE, [MIXED], {}),
-    "strides": ("llama", STRIDED, [MIXED], {}),
+    "strides": ("llama", STRIDED, [MIXED], CHOSEN),
     "windows": ("llama", WINDOWS, [MIXED], {}),
     "windows in chunks": ("llama", WINDOWS, [MIXED], CHUNKS),
     "strides in chunks": ("llama", STRIDED, [MIXED], CHUNKS),
@@ -69,7 +71,7 @@ CASES: dict[str, tuple[str, Recipe, list[list[list[int]]], dict[str, Any]]] = {
 RANKS = Recipe(
     PerHead({0: Sink(20) | Window(40)}, default=Window(30)), dense_layers=[0], layers={2: Local(2, block=16) | Stride(2, block=16)}
 )
-TWO_RANKS = {"two ranks": ("llama", RANKS, [MIXED, *SHARED], {**CHUNKS, **CACHED, "tensor_parallel_size": 2})}
+TWO_RANKS = {"two ranks": ("llama", RANKS, [MIXED, *SHARED], {**CHUNKS, **CACHED, **CHOSEN, "tensor_parallel_size": 2})}
 REFUSED = {
     "no recipe": ({"hf_overrides": {}}, "s2_attention must hold a recipe"),
     "another model's recipe": ({"hf_overrides": {FIELD: to_spec(Recipe(Dense(), dense_layers=[7]))}}, "must name layers below 4"),
