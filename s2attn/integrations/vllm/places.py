@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from s2attn.core import Unsupported
+from s2attn.backends import backend_names
+from s2attn.core import Unsupported, bad_value
 from s2attn.integrations.spec import FIELD
 from s2attn.layout import HeadRange
+
+BACKEND_FIELD = "s2_attention_backend"
 
 
 def find_recipe(configs: list[Any], additional: Any) -> Any:
@@ -30,6 +33,18 @@ def find_recipe(configs: list[Any], additional: Any) -> Any:
     if len(found) == 2 and found[0] != found[1]:
         raise ValueError(f"{FIELD} must be the same in the model's configuration and in additional_config, or stand in one of them")
     return found[0]
+
+
+def find_backend(additional: Any) -> str:
+    """The backend of `s2attn.decode` that is asked for in vLLM's ``additional_config``, under ``s2_attention_backend``.
+
+    >>> find_backend({"s2_attention_backend": "triton"}), find_backend(None)
+    ('triton', 'auto')
+    """
+    name = additional.get(BACKEND_FIELD, "auto") if isinstance(additional, Mapping) else "auto"
+    if name not in ("auto", *backend_names()):
+        raise bad_value(BACKEND_FIELD, f"must be one of {', '.join(['auto', *backend_names()])}", repr(name))
+    return name
 
 
 def held_heads(rank: int, ranks: int, num_heads: int, num_kv_heads: int, total_kv_heads: int) -> HeadRange:

@@ -17,13 +17,14 @@ from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from s2attn import Dense, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window, attention
 from s2attn.integrations.spec import FIELD, to_spec
 from s2attn.integrations.vllm import NAME, backend, plugin, register
 from s2attn.integrations.vllm.backend import S2AttentionImpl, S2Backend, S2Metadata, S2MetadataBuilder
 from s2attn.integrations.vllm.cache import S2CacheSpec
+from s2attn.integrations.vllm.places import BACKEND_FIELD
 
 HEADS, KV_HEADS, WIDTH, SIZE, LONGEST = 8, 2, 16, 16, 256
 RECIPE = Recipe(
@@ -46,6 +47,7 @@ def config_of(recipe: Any = RECIPE, **changes: Any) -> Any:
         "compilation_config": SimpleNamespace(static_forward_context={}),
         "scheduler_config": SimpleNamespace(max_num_seqs=6, disable_hybrid_kv_cache_manager=False),
         "additional_config": {},
+        "device_config": SimpleNamespace(device_type="cpu"),
         "kv_transfer_config": None,
         "speculative_config": None,
         "max_in_flight_tokens": 32,
@@ -189,9 +191,35 @@ def test_a_step_lies_where_the_last_one_lay(ranks: dict[str, int]) -> None:
     batch = Batch([(180, 1), (250, 1), (17, 1)])
     second = builder.build(0, batch.common())
     assert second.block_table.data_ptr() == address and second.block_table.stride() == stride
-    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
     found = run(made, batch, second)
     torch.testing.assert_close(found, batch.expected(RECIPE.pattern(1), 1))
+
+
+KERNELS = {BACKEND_FIELD: "triton"}
+
+
+@pytest.mark.parametrize(("asked", "support"), [({}, "NEVER"), ({BACKEND_FIELD: "portable"}, "NEVER"), (KERNELS, "UNIFORM_BATCH")])
+def test_graphs_are_claimed_for_kernels_alone(asked: dict[str, str], support: str, ranks: dict[str, int]) -> None:
+    """The portable backend makes its lists on the host for every step, which no graph repeats."""
+    config = config_of(additional_config=asked)
+    made = make(1, config)
+    group = UniformTypeKVCacheSpecs(block_size=SIZE, kv_cache_specs={made.layer_name: spec_of(made)})
+    for spec in (spec_of(made), group):
+        assert S2MetadataBuilder.get_cudagraph_support(config, spec) == AttentionCGSupport[support]
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_kernels_read_the_same_step(layer: int, ranks: dict[str, int]) -> None:
+    """In Triton's interpreter; nothing is looked at, as in a graph, and the step is padded as one."""
+    made, batch = make(layer, config_of(additional_config=KERNELS)), Batch(MIXED)
+    metadata = builder_of(made).build(0, batch.common(padding=2))
+    found = run(made, batch, metadata)
+    torch.testing.assert_close(found, batch.expected(RECIPE.pattern(layer), layer))
+
+
+def test_unknown_backends_are_refused(ranks: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="s2_attention_backend must be one of auto, portable, triton, reference; got 'cuda'"):
+        make(1, config_of(additional_config={BACKEND_FIELD: "cuda"}))
 
 
 def test_rows_of_padding_give_nothing(ranks: dict[str, int]) -> None:
