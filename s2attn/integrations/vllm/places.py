@@ -7,6 +7,7 @@ from typing import Any
 
 from s2attn.backends import backend_names
 from s2attn.core import Unsupported, bad_value
+from s2attn.distributed.heads import head_range
 from s2attn.integrations.spec import FIELD
 from s2attn.layout import HeadRange
 
@@ -60,4 +61,4 @@ def held_heads(rank: int, ranks: int, num_heads: int, num_kv_heads: int, total_k
     if num_kv_heads != max(1, total_kv_heads // ranks):
         reason = f"a layer has {num_kv_heads} KV heads on each of {ranks} ranks, the model {total_kv_heads}: heads must not differ by layer"
         raise Unsupported("s2attn cannot tell which heads a rank holds", {"vllm": [reason]})
-    return HeadRange(rank * num_heads, (rank + 1) * num_heads, ranks * num_heads, total_kv_heads)
+    return head_range(rank, ranks, num_heads=ranks * num_heads, num_kv_heads=total_kv_heads)
