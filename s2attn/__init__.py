@@ -65,15 +65,18 @@ __all__ = [
     "hyper_attention",
     "merge",
     "parse_pattern",
+    "patch",
+    "patched",
     "plot",
     "preset",
     "store_kv",
     "stream",
+    "unpatch",
     "warmup",
     "warmup_decode",
 ]
 
-# The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
+# The lab, the selectors, serving and hosts are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Report": "s2attn.lab.describe",
     "Sampling": "s2attn.nn.sampling",
@@ -84,9 +87,12 @@ _LAZY = {
     "describe": "s2attn.lab.describe",
     "generate": "s2attn.nn.generation",
     "hyper_attention": "s2attn.selectors",
+    "patch": "s2attn.integrations.transformers",
+    "patched": "s2attn.integrations.transformers",
     "plot": "s2attn.lab.plot",
     "store_kv": "s2attn.ops.store",
     "stream": "s2attn.nn.generation",
+    "unpatch": "s2attn.integrations.transformers",
     "warmup_decode": "s2attn.ops.warmup_decode",
 }
 
