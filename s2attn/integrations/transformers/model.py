@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from s2attn.core import Unsupported, bad_kind
 from s2attn.integrations.spec import FIELD, to_spec
 from s2attn.integrations.transformers.interface import NAME, register
-from s2attn.integrations.transformers.plan import KEPT, kv_heads_of, make_plan, model_recipe
+from s2attn.integrations.transformers.plan import KEPT, keep_plan, kv_heads_of, model_recipe
 from s2attn.patterns import Pattern, Recipe
 
 _BEFORE = "_s2attn_before"
@@ -119,7 +119,7 @@ def _plan_ahead(module: Any) -> None:
     """Plans of whole modules are made before the first call, so that compiled code finds them; those of slices wait for their tensors."""
     whole = module.config.num_attention_heads, kv_heads_of(module.config)
     if not any(hasattr(weight, "device_mesh") for weight in module.parameters()):
-        object.__setattr__(module, KEPT, make_plan(module, *whole))
+        keep_plan(module, *whole)
 
 
 def _forget_plans(model: PreTrainedModel) -> None:

@@ -36,15 +36,29 @@ class LayerPlan:
 
 
 def layer_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
-    """The plan of a module whose tensors have these heads; made when there is none yet, or when the recipe is another one."""
-    plan = getattr(module, KEPT, None)
-    if plan is not None and plan.spec is getattr(module.config, FIELD, None) and plan.local == (heads, kv_heads):
-        return plan
+    """The plan of a module whose tensors have these heads, in compiled code too."""
     if torch.compiler.is_compiling():
-        return _plan_at_compile_time(module, heads, kv_heads)
-    plan = make_plan(module, heads, kv_heads)
-    object.__setattr__(module, KEPT, plan)
+        _keep_while_compiling(module, heads, kv_heads)
+        plan = getattr(module, KEPT)
+        if plan.spec is not getattr(module.config, FIELD, None):  # never so now; that it is asked makes another recipe compile again
+            raise bad_value(f"config.{FIELD}", "must stay as it is while a model is compiled", "another recipe")
+        return plan
+    return keep_plan(module, heads, kv_heads)
+
+
+def keep_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
+    """The plan that a module keeps; made when there is none, or when it is of another recipe or of other tensors."""
+    plan = module.__dict__.get(KEPT)
+    if plan is None or plan.local != (heads, kv_heads) or plan.spec is not getattr(module.config, FIELD, None):
+        plan = module.__dict__[KEPT] = make_plan(module, heads, kv_heads)
     return plan
+
+
+@torch.compiler.assume_constant_result
+def _keep_while_compiling(module: nn.Module, heads: int, kv_heads: int) -> bool:
+    """Keep it for real while code is compiled, which then finds it on the module, and compiles again when it is another one."""
+    keep_plan(module, heads, kv_heads)
+    return True
 
 
 def make_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
@@ -71,9 +85,6 @@ def make_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
         raise Unsupported("s2attn cannot serve this attention module", {type(module).__name__: why})
     whole = config.num_attention_heads, kv_heads_of(config)
     return LayerPlan(spec, layer, recipe.pattern(layer), bool(causal), (heads, kv_heads), head_range(module, (heads, kv_heads), whole))
-
-
-_plan_at_compile_time = torch.compiler.assume_constant_result(make_plan)
 
 
 def kv_heads_of(config: Any) -> int:

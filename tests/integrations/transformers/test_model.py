@@ -77,9 +77,9 @@ def test_an_unmodified_checkpoint_needs_a_recipe(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="s2attn")
     with pytest.raises(ValueError, match=r"config.s2_attention must hold a recipe.*s2attn.patch\(model, recipe\).*got nothing"):
         model(text(1, 8))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="s2attn", s2_attention=json.loads(SPARSE.to_json())
-    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.s2_attention = json.loads(SPARSE.to_json())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="s2attn")
     assert torch.equal(model(text(1, 80)).logits, s2attn.patch(tiny(), SPARSE)(text(1, 80)).logits)
     model.config.s2_attention = json.loads(Recipe(Window(8)).to_json())  # a changed configuration is read again
     assert torch.equal(model(text(1, 80)).logits, s2attn.patch(tiny(), Window(8))(text(1, 80)).logits)
@@ -90,7 +90,8 @@ def test_training_with_checkpoints() -> None:
     for checkpointing in (False, True):
         model = s2attn.patch(tiny(), SPARSE).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         model(text(2, 80), labels=text(2, 80), use_cache=False).loss.backward()
         grads.append([weight.grad for weight in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
@@ -194,6 +195,7 @@ def test_a_cache_of_pages_gives_memory_back() -> None:
     assert past.pages.bytes_used == 0
     assert torch.equal(model.generate(tokens, **how, past_key_values=past), expected)
     past.reset()
+    how = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     beams = model.generate(tokens, **how, num_beams=3)
     past = host.PastKeyValues.for_model(model, max_tokens=256, sequences=12)
     assert torch.equal(model.generate(tokens, **how, num_beams=3, past_key_values=past), beams)
