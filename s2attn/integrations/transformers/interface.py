@@ -17,7 +17,7 @@ NAME = "s2attn"
 OLDEST = (4, 56)
 """The oldest version of Transformers that is tested."""
 _NEXT = 6
-_SAVED = "attn_implementation"
+_SAVED = ("attn_implementation", "_attn_implementation")  # before 5.23 or so the first one is ignored when a model is loaded
 
 
 def register() -> None:
@@ -53,7 +53,7 @@ def _saying(to_dict: Any) -> Any:
     def to_dict_with_implementation(self: Any) -> dict[str, Any]:
         output = to_dict(self)
         if getattr(self, "_attn_implementation_internal", None) == NAME:
-            output[_SAVED] = NAME
+            output |= dict.fromkeys(_SAVED, NAME)
         return output
 
     to_dict_with_implementation.says_s2attn = True  # pyrefly: ignore[missing-attribute]

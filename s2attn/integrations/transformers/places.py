@@ -103,6 +103,8 @@ def make_places(
         check_trimmed(config)
     if packed is not None and _some(packed != 0):
         return _flagged(flags | PACKED, _boundaries(packed).view(1, -1))
+    if q_length == kv_length and isinstance(kv_offset, int) and not kv_offset:
+        q_offset = 0  # there is room for nothing else
     ends = q_offset + q_length - kv_offset
     later = isinstance(ends, Tensor) or ends < kv_length  # slots behind the last token, as a static cache has
     if attention_mask is None or (not compiling and not _some(~attention_mask[:, : q_offset + q_length])):
