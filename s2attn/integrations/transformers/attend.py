@@ -10,8 +10,9 @@ from torch.nn.functional import pad
 
 from s2attn.cache.checks import kept_pattern
 from s2attn.core import Unsupported, bad_value
-from s2attn.integrations.transformers.places import PERHAPS_PACKED, WINDOW, Places, read_places
+from s2attn.integrations.transformers.places import WINDOW, Places, read_places
 from s2attn.integrations.transformers.plan import layer_plan, windowed
+from s2attn.integrations.transformers.rows import as_pages, packed_rows, places_of, put, take
 from s2attn.ops.attention import attention
 from s2attn.ops.decode import decode
 from s2attn.ops.step import Ask, LayerCall, current_step
@@ -84,8 +85,10 @@ def attention_forward(
         return _packed(call, q, k, v, places, cu_seq_lens_q), None
     if places.keys is not None and places.queries is not None:
         return _placed(call, query, key, value, places, places.keys, places.queries), None
-    if places.flags & PERHAPS_PACKED and plan.layer == 0:
-        _check_rows(more.get("position_ids"))
+    if causal and query.shape[2] == key.shape[2] and query.shape[2] > 1:
+        cu = packed_rows(more.get("position_ids"), len(query), places.flags, plan.layer)
+        if cu is not None:
+            return _packed(call, q, k, v, places, cu), None
     if query.shape[2] == key.shape[2] or not _decodes(query, key, value):
         return _attend(call, q, k, v), None
     slots = torch.full((len(key),), key.shape[2], device=key.device)
@@ -97,14 +100,14 @@ def _placed(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: 
     order = places.key_order
     if order is None or places.query_order is not None:
         return _decoded(call, query, key, value, places, keys, queries)
-    q, k, v = (_take(x.transpose(1, 2), order) for x in (query, key, value))
+    q, k, v = (take(x.transpose(1, 2), order) for x in (query, key, value))
     if call.causal:
         out = _attend(call, q, k, v)
     else:  # real tokens and padding of a row are two sequences, which do not see each other
         first = torch.arange(len(q), device=q.device) * q.shape[1]
         cu = pad(torch.stack([first + keys, first + q.shape[1]], dim=1).flatten(), (1, 0))
         out = _attend_packed(call, q, k, v, cu)
-    return _put(out, order, _arange(q, 1) < keys[:, None])
+    return put(out, order, places_of(q) < keys[:, None])
 
 
 def _decoded(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, keys: Tensor, queries: Tensor) -> Tensor:
@@ -113,23 +116,16 @@ def _decoded(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places:
     batch, kv_heads, slots, _ = key.shape
     q, order = query.transpose(1, 2), places.query_order if query.shape[2] > 1 else None
     if order is not None:
-        q = _take(q, order)
+        q = take(q, order)
     if places.key_order is not None:
-        key, value = (_take(x.transpose(1, 2), places.key_order).transpose(1, 2) for x in (key, value))
+        key, value = (take(x.transpose(1, 2), places.key_order).transpose(1, 2) for x in (key, value))
     length = -(-slots // 16) * 16
     size = next(size for size in (128, 64, 32, 16) if length % size == 0)
-    k_pages, v_pages = (_pages(x, length, size) for x in (key, value))
+    k_pages, v_pages = (as_pages(x, length, size) for x in (key, value))
     table = torch.arange(batch * kv_heads * (length // size), device=key.device).view(batch, kv_heads, -1)
     how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "layer": call.layer, "heads": call.heads}
     out = decode(q, k_pages, v_pages, pattern, block_table=table, seq_lens=keys, **how, validate=False)
-    return out if order is None else _put(out, order, _arange(q, 1) >= q.shape[1] - queries[:, None])
-
-
-def _pages(x: Tensor, length: int, size: int) -> Tensor:
-    """``(B, G, S, width)`` as pages ``(B * G * length / size, size, G, width)``, the heads all of one memory."""
-    kv_heads, width = x.shape[1], x.shape[3]
-    x = pad(x, (0, 0, 0, length - x.shape[2])) if length != x.shape[2] else x
-    return x.contiguous().view(-1, size, 1, width).expand(-1, -1, kv_heads, -1)
+    return out if order is None else put(out, order, places_of(q) >= q.shape[1] - queries[:, None])
 
 
 def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, cu: Tensor | None) -> Tensor:
@@ -160,13 +156,6 @@ def _taken(ask: Ask, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: P
     return ask("attend", call, q, k, v)[0]
 
 
-def _check_rows(position_ids: Tensor | None) -> None:
-    """In compiled code, where nobody may look: rows must be one sequence each, or their lengths given."""
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] > 1:
-        rising = (position_ids[:, 1:] - position_ids[:, :-1] == 1).all()
-        torch._assert_async(rising, "position_ids say that rows are packed: compiled s2attn needs their cu_seq_lens_q")
-
-
 def _decodes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a few new tokens are better served by lists for all positions, which cost one copy of the keys, than by lists of their own.
 
@@ -174,18 +163,3 @@ def _decodes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return query.device.type != "cpu" and query.shape[2] <= MOST_DECODED and not wanted
-
-
-def _arange(x: Tensor, axis: int) -> Tensor:
-    return torch.arange(x.shape[axis], device=x.device)
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """``x`` ``(B, S, heads, width)`` with the slots of every row in this order."""
-    return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-
-
-def _put(out: Tensor, order: Tensor, real: Tensor) -> Tensor:
-    """The slots back in their places, 0 where there is padding."""
-    out = torch.where(real[:, :, None, None], out, 0)
-    return torch.zeros_like(out).scatter(1, order[:, :, None, None].expand(-1, -1, *out.shape[2:]), out)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from s2attn.core import Unsupported
 from s2attn.integrations.transformers.plan import check_trimmed
+from s2attn.integrations.transformers.rows import PERHAPS_PACKED, boundaries
 
-WINDOW, PERHAPS_PACKED, PACKED = 1, 2, 4
+WINDOW, PACKED = 1, 4
 _KNOWN = ("causal_mask_function", "bidirectional_mask_function", "sliding_window_overlay", "packed_sequence_mask_function")
 
 
@@ -102,7 +103,7 @@ def make_places(
     if not isinstance(kv_offset, int) or kv_offset:
         check_trimmed(config)
     if packed is not None and _some(packed != 0):
-        return _flagged(flags | PACKED, _boundaries(packed).view(1, -1))
+        return _flagged(flags | PACKED, boundaries(packed).view(1, -1))
     if q_length == kv_length and isinstance(kv_offset, int) and not kv_offset:
         q_offset = 0  # there is room for nothing else
     ends = q_offset + q_length - kv_offset
@@ -130,13 +131,6 @@ def _flagged(flags: int, numbers: Tensor) -> Tensor:
 
 def _some(found: Tensor) -> bool:
     return bool(found.any())
-
-
-def _boundaries(packed: Tensor) -> Tensor:
-    """Cumulative lengths of the sequences that ``packed`` ``(B, T)`` numbers within each row, the rows one after another."""
-    begins = torch.ones_like(packed, dtype=torch.bool)
-    begins[:, 1:] = packed[:, 1:] != packed[:, :-1]
-    return torch.cat([begins.flatten().nonzero()[:, 0], torch.tensor([packed.numel()], device=packed.device)])
 
 
 def _check_sizes(mask_function: Callable[..., Any], mask: Tensor | None, tokens: int, slots: int) -> None:

@@ -137,11 +137,12 @@ def test_packed_rows_are_their_sequences(how: str) -> None:
         torch.testing.assert_close(got, model(part[None]).logits[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
-def test_several_rows_that_are_packed() -> None:
+def test_several_rows_that_are_packed(cached: bool) -> None:
     model = s2attn.patch(tiny(), SPARSE)
     tokens, places = text(2, 60), torch.stack([torch.cat([torch.arange(20), torch.arange(40)]), torch.arange(60)])
-    logits = model(tokens, position_ids=places, use_cache=False).logits
+    logits = model(tokens, position_ids=places, use_cache=cached).logits
     for got, part in ((logits[0, :20], tokens[:1, :20]), (logits[0, 20:], tokens[:1, 20:]), (logits[1], tokens[1:])):
         torch.testing.assert_close(got, model(part).logits[0], atol=1e-6, rtol=0)
 
@@ -166,6 +167,10 @@ def test_the_models_own_window_cuts_the_pattern(family: str) -> None:
         dynamic = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         again = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False)
         assert torch.equal(dynamic, again)
+        static = model.generate(
+            tokens, max_new_tokens=8, do_sample=False, pad_token_id=0, cache_implementation="static", disable_compile=True
+        )
+        assert torch.equal(dynamic, static)
     if family != "GptOss":
         with oracle(model, SPARSE):
             expected = model(tokens, use_cache=False).logits
