@@ -13,7 +13,7 @@ from s2attn.core import Unsupported, bad_value
 from s2attn.integrations.transformers.places import WINDOW, Places, read_places
 from s2attn.integrations.transformers.plan import layer_plan, windowed
 from s2attn.integrations.transformers.rows import as_pages, packed_rows, places_of, put, take
-from s2attn.ops.attention import attention
+from s2attn.ops.attention import attention, autocast
 from s2attn.ops.decode import decode
 from s2attn.ops.step import Ask, LayerCall, current_step
 
@@ -114,6 +114,7 @@ def _decoded(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places:
     """Queries at the end of the real keys of their rows: a cache seen as pages, in place where its length allows."""
     pattern = kept_pattern(call)
     batch, kv_heads, slots, _ = key.shape
+    query, key, value = autocast(query, key, value)
     q, order = query.transpose(1, 2), places.query_order if query.shape[2] > 1 else None
     if order is not None:
         q = take(q, order)

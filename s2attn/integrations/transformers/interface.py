@@ -52,10 +52,16 @@ def check_version(version: str) -> None:
 def _saying(to_dict: Any) -> Any:
     def to_dict_with_implementation(self: Any) -> dict[str, Any]:
         output = to_dict(self)
-        if getattr(self, "_attn_implementation_internal", None) == NAME:
-            output |= dict.fromkeys(_SAVED, NAME)
+        inside = {name: NAME for name in self.sub_configs if _runs(getattr(self, name, None))}
+        if _runs(self) or inside:
+            output |= dict.fromkeys(_SAVED, NAME if _runs(self) else inside)
         return output
 
     to_dict_with_implementation.says_s2attn = True  # pyrefly: ignore[missing-attribute]
     to_dict_with_implementation.__doc__ = to_dict.__doc__
     return to_dict_with_implementation
+
+
+def _runs(config: Any) -> bool:
+    """Whether a model of this configuration runs on s2attn."""
+    return getattr(config, "_attn_implementation_internal", None) == NAME

@@ -14,6 +14,7 @@ from s2attn.cache.sparse import SparseCache
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.integrations.transformers.attend import PAGED
 from s2attn.integrations.transformers.places import Places
+from s2attn.ops.attention import autocast
 from s2attn.ops.step import LayerCall
 
 
@@ -121,6 +122,7 @@ class _Layer(CacheLayerMixin):
         self._check(call, places)
         if q.requires_grad and torch.is_grad_enabled():
             raise Unsupported("a cache has no gradient", {"autograd": ["call the model under torch.no_grad()"]})
+        q, k, v = autocast(q, k, v)
         sequences = self.past.open(len(q))
         how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
         if places.key_order is None or places.queries is None:

@@ -187,3 +187,14 @@ def test_a_cache_that_forgets_keys_is_refused_for_patterns_of_places() -> None:
     expected = model.generate(text(1, 40), **how, use_cache=False)
     assert torch.equal(expected, model.generate(text(1, 40), **how, past_key_values=transformers.DynamicCache()))
     assert torch.equal(expected, model.generate(text(1, 40), **how, past_key_values=transformers_past(model, 1)))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "sparse"])
+@torch.no_grad()
+def test_autocast(cache: str) -> None:
+    model, (tokens, mask) = tiny(), padded("left")
+    expected = model(tokens, attention_mask=mask).logits
+    with s2attn.patched(model, Dense()), torch.autocast("cpu", torch.bfloat16):
+        past = transformers.DynamicCache() if cache == "dynamic" else transformers_past(model, len(tokens))
+        got = model(tokens, attention_mask=mask, past_key_values=past, use_cache=True).logits
+    torch.testing.assert_close(got.float()[mask.bool()], expected[mask.bool()], atol=0.02, rtol=0)
