@@ -17,7 +17,7 @@ import s2attn
 from s2attn import Dense, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window
 from s2attn.integrations import transformers as host
 from s2attn.integrations.transformers.interface import check_version
-from tests.integrations.transformers.models import text, tiny
+from tests.integrations.transformers.models import SHAPE, TOKENS, text, tiny
 
 SPARSE = Recipe(Local(2, block=16) | Stride(3, block=16), layers={0: Sink(3) | Window(20)})
 RECENT = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 0)
@@ -66,6 +66,29 @@ def test_a_model_is_saved_with_its_recipe(tmp_path: Path) -> None:
     assert again.config._attn_implementation == "s2attn"
     s2attn.unpatch(again).save_pretrained(tmp_path / "third")
     assert not {"attn_implementation", "s2_attention"} & set(json.loads((tmp_path / "third" / "config.json").read_text()))
+
+
+@torch.no_grad()
+def test_a_language_model_inside_of_another_model(tmp_path: Path) -> None:
+    words = {**SHAPE, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "image_token_index": 60}
+    seen = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=words, vision_config=seen, mm_tokens_per_image=1)
+    model, tokens = transformers.Gemma3ForConditionalGeneration(config).eval(), text(1, 40) % 59
+    with pytest.raises(Unsupported, match="patch the language model inside"):
+        s2attn.patch(model, SPARSE)
+    s2attn.patch(model.model.language_model, SPARSE)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    again = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert [part._attn_implementation for part in (again.config.text_config, again.config.vision_config)] == ["s2attn", "sdpa"]
+    assert torch.equal(again(tokens).logits, expected)
 
 
 def test_a_saved_model_does_not_load_where_s2attn_is_unknown(tmp_path: Path) -> None:
