@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from s2attn.cache.checks import kept_pattern
 from s2attn.core import Unsupported, bad_value
 from s2attn.integrations.transformers.places import WINDOW, Places, read_places
-from s2attn.integrations.transformers.plan import layer_plan, windowed
+from s2attn.integrations.transformers.plan import layer_plan
 from s2attn.integrations.transformers.rows import as_pages, packed_rows, places_of, put, take
 from s2attn.ops.attention import attention, autocast
 from s2attn.ops.decode import decode
@@ -54,19 +54,16 @@ def attention_forward(
     Raises:
         Unsupported: dropout, weights as an output, a mask or a bias that no pattern can say, or whatever the ops refuse.
     """
-    plan = layer_plan(module, query.shape[1], key.shape[1])
+    plan = layer_plan(module, query.shape[1], key.shape[1], sliding_window)
     causal = plan.causal if is_causal is None else bool(is_causal)
     if dropout:
         raise Unsupported("s2attn has no dropout", {type(module).__name__: [f"attention dropout {dropout}; set it to 0 in the config"]})
     for name in _REFUSED:
         if more.get(name) is not None and more[name] is not False:
             raise Unsupported("s2attn cannot honour an argument of this attention", {type(module).__name__: [f"{name} was given"]})
-    pattern = plan.pattern
-    if sliding_window is not None:
-        if not causal:
-            raise Unsupported("windows that look both ways have several meanings", {type(module).__name__: ["not causal, sliding_window"]})
-        pattern = windowed(pattern, sliding_window)
-    call = LayerCall(pattern, query.shape[1], key.shape[1], plan.layer, causal, plan.heads, scaling, softcap, s_aux, "auto")
+    if sliding_window is not None and not causal:
+        raise Unsupported("windows that look both ways have several meanings", {type(module).__name__: ["not causal, sliding_window"]})
+    call = LayerCall(plan.pattern, query.shape[1], key.shape[1], plan.layer, causal, plan.heads, scaling, softcap, s_aux, "auto")
     paged = getattr(key, PAGED, None)
     places = _EVERYWHERE
     if attention_mask is not None:

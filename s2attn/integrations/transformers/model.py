@@ -119,7 +119,7 @@ def _plan_ahead(module: Any) -> None:
     """Plans of whole modules are made before the first call, so that compiled code finds them; those of slices wait for their tensors."""
     whole = module.config.num_attention_heads, kv_heads_of(module.config)
     if not any(hasattr(weight, "device_mesh") for weight in module.parameters()):
-        keep_plan(module, *whole)
+        keep_plan(module, *whole, window=None)
 
 
 def _forget_plans(model: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,45 +22,46 @@ class LayerPlan:
 
     Attributes:
         spec: the object in the configuration that this was read from; another one there makes the plan stale.
-        local: query and KV heads that the module was called with.
+        given: query heads, KV heads and the model's own window, as attention was called with them.
+        pattern: cut to that window.
         heads: the global heads that these are; None for all of the model.
     """
 
     spec: Any
+    given: tuple[int, int, int | None]
     layer: int
     pattern: Pattern
     causal: bool
-    local: tuple[int, int]
     heads: HeadRange | None
 
 
-def layer_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
-    """The plan of a module whose tensors have these heads, in compiled code too."""
+def layer_plan(module: nn.Module, heads: int, kv_heads: int, window: int | None) -> LayerPlan:
+    """The plan of a module whose tensors have these heads, in a model with that sliding window; in compiled code too."""
     if torch.compiler.is_compiling():
-        _keep_while_compiling(module, heads, kv_heads)
+        _keep_while_compiling(module, heads, kv_heads, window)
         plan = getattr(module, KEPT)
         if plan.spec is not getattr(module.config, FIELD, None):  # never so now; that it is asked makes another recipe compile again
             raise bad_value(f"config.{FIELD}", "must stay as it is while a model is compiled", "another recipe")
         return plan
-    return keep_plan(module, heads, kv_heads)
+    return keep_plan(module, heads, kv_heads, window)
 
 
-def keep_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
-    """The plan that a module keeps; made when there is none, or when it is of another recipe or of other tensors."""
-    plan = module.__dict__.get(KEPT)
-    if plan is None or plan.local != (heads, kv_heads) or plan.spec is not getattr(module.config, FIELD, None):
-        plan = module.__dict__[KEPT] = make_plan(module, heads, kv_heads)
+def keep_plan(module: nn.Module, heads: int, kv_heads: int, window: int | None) -> LayerPlan:
+    """The plan that a module keeps; made when there is none, or when it is of another recipe or of another call."""
+    plan, given = module.__dict__.get(KEPT), (heads, kv_heads, window)
+    if plan is None or plan.given != given or plan.spec is not getattr(module.config, FIELD, None):
+        plan = module.__dict__[KEPT] = make_plan(module, given)
     return plan
 
 
 @torch.compiler.assume_constant_result
-def _keep_while_compiling(module: nn.Module, heads: int, kv_heads: int) -> bool:
+def _keep_while_compiling(module: nn.Module, heads: int, kv_heads: int, window: int | None) -> bool:
     """Keep it for real while code is compiled, which then finds it on the module, and compiles again when it is another one."""
-    keep_plan(module, heads, kv_heads)
+    keep_plan(module, heads, kv_heads, window)
     return True
 
 
-def make_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
+def make_plan(module: nn.Module, given: tuple[int, int, int | None]) -> LayerPlan:
     """Read the recipe of a module's configuration.
 
     Raises:
@@ -83,8 +83,9 @@ def make_plan(module: nn.Module, heads: int, kv_heads: int) -> LayerPlan:
         why.append("its configuration says is_causal=False, the module itself is causal")
     if why:
         raise Unsupported("s2attn cannot serve this attention module", {type(module).__name__: why})
-    whole = config.num_attention_heads, kv_heads_of(config)
-    return LayerPlan(spec, layer, recipe.pattern(layer), bool(causal), (heads, kv_heads), head_range(module, (heads, kv_heads), whole))
+    heads = head_range(module, given[:2], (config.num_attention_heads, kv_heads_of(config)))
+    pattern = recipe.pattern(layer) if given[2] is None else within(recipe.pattern(layer), given[2])
+    return LayerPlan(spec, given, layer, pattern, bool(causal), heads)
 
 
 def kv_heads_of(config: Any) -> int:
@@ -128,8 +129,7 @@ def _slices(module: nn.Module) -> list[tuple[int, int]]:
     return found
 
 
-@lru_cache(maxsize=256)
-def windowed(pattern: Pattern, tokens: int) -> Pattern:
+def within(pattern: Pattern, tokens: int) -> Pattern:
     """A pattern within the model's own sliding window."""
     return Window(tokens) if isinstance(pattern, Dense) else pattern & Window(tokens)
 
@@ -141,7 +141,8 @@ def keeps_distance(pattern: Pattern) -> bool:
     return isinstance(pattern, (Dense, Window))
 
 
-def check_trimmed(config: Any) -> None:
+@torch.compiler.assume_constant_result
+def check_trimmed(config: Any) -> bool:
     """Caches of sliding layers forget the first keys: refused where the patterns of such layers look at places, not distances."""
     recipe, kinds = model_recipe(config, getattr(config, FIELD, None)), getattr(config, "layer_types", None)
     sliding = [i for i in range(config.num_hidden_layers) if kinds is None or "sliding" in kinds[i]]
@@ -149,3 +150,4 @@ def check_trimmed(config: Any) -> None:
     if wrong:
         wrong.append("pass past_key_values=transformers.DynamicCache() without a config, or s2attn's PastKeyValues, which know all places")
         raise Unsupported("a cache that forgets keys outside of the window has no places for these patterns", {"sliding layers": wrong})
+    return True

@@ -130,27 +130,36 @@ def test_training_with_checkpoints() -> None:
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_compiled_prefill_and_training(loaded: bool, tmp_path: Path, fresh_compiler: None) -> None:
-    model, tokens = s2attn.patch(tiny(), SPARSE), text(2, 80)
-    with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
+@torch.no_grad()
+def test_compiled_prefill(loaded: bool, tmp_path: Path, fresh_compiler: None) -> None:
+    model, tokens = s2attn.patch(tiny("Mistral", sliding_window=30, num_hidden_layers=1), SPARSE.default), text(2, 80)
+    expected = model(tokens, use_cache=False).logits
     if loaded:  # a model that has never run
         model.save_pretrained(tmp_path)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, atol=1e-6, rtol=0)
+    model.config.s2_attention = json.loads(Recipe(Window(8)).to_json())
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_compiled_rows(fresh_compiler: None) -> None:
+    model, tokens = s2attn.patch(tiny(num_hidden_layers=1), SPARSE.default), text(2, 80)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     mask = torch.ones(2, 80, dtype=torch.int64)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, atol=1e-6, rtol=0)
-        mask[0, :30] = 0
-        torch.testing.assert_close(
-            compiled(tokens, attention_mask=mask, use_cache=False).logits[0, 30:],
-            model(tokens[:1, 30:], position_ids=torch.arange(30, 80)[None]).logits[0],
-            atol=1e-6,
-            rtol=0,
-        )
-        packed = torch.cat([torch.arange(30), torch.arange(50)])[None]
-        with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
-            compiled(tokens[:1], position_ids=packed, use_cache=False)
+    mask[0, :30] = 0
+    got = compiled(tokens, attention_mask=mask, use_cache=False).logits[0, 30:]
+    expected = model(tokens[:1, 30:], position_ids=torch.arange(30, 80)[None]).logits[0]
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    packed = torch.cat([torch.arange(30), torch.arange(50)])[None]
+    with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
+        compiled(tokens[:1], position_ids=packed, use_cache=False)
+
+
+def test_compiled_training(fresh_compiler: None) -> None:
+    model, tokens = s2attn.patch(tiny(num_hidden_layers=1), SPARSE.default), text(2, 80)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(tokens, labels=tokens, use_cache=False).loss.backward()
     got = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
@@ -159,9 +168,11 @@ def test_compiled_prefill_and_training(loaded: bool, tmp_path: Path, fresh_compi
         torch.testing.assert_close(one, weight.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
 @torch.no_grad()
-def test_compiled_decoding_with_a_static_cache(fresh_compiler: None) -> None:
-    model, tokens = s2attn.patch(tiny(), SPARSE), text(2, 70)
+def test_compiled_decoding_with_a_static_cache(family: str, fresh_compiler: None) -> None:
+    own = {"sliding_window": 24} if family == "Mistral" else {}
+    model, tokens = s2attn.patch(tiny(family, num_hidden_layers=1, **own), Dense() if own else SPARSE.default), text(2, 70)
     mask = torch.ones_like(tokens)
     mask[0, :20] = 0
     past = transformers.StaticCache(config=model.config, max_cache_len=96)
