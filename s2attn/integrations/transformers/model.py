@@ -34,19 +34,22 @@ def patch(model: PreTrainedModel, recipe: Recipe | Pattern) -> PreTrainedModel:
     spec = to_spec(recipe)
     model_recipe(model.config, spec)
     register()
-    before = model.config._attn_implementation
+    before, former = model.config._attn_implementation, _recipe_of(model)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        raise Unsupported(
-            "s2attn cannot serve this model", {type(model).__name__: ["its class does not use Transformers' AttentionInterface"]}
-        )
+        why = "its class does not use Transformers' AttentionInterface"
+        raise Unsupported("s2attn cannot serve this model", {type(model).__name__: [why]})
     if before != NAME:
         setattr(model, _BEFORE, before)
     setattr(model.config, FIELD, spec)
     _forget_plans(model)
-    for module in model.modules():
-        if _is_attention(module):
-            _plan_ahead(module)
+    try:
+        for module in model.modules():
+            if _is_attention(module):
+                _plan_ahead(module)
+    except Exception:
+        _restore(model, former)
+        raise
     return model
 
 
@@ -79,16 +82,12 @@ def patched(model: PreTrainedModel, recipe: Recipe | Pattern) -> Iterator[PreTra
     'sdpa'
     """
     check_model(model)
-    former = getattr(model.config, FIELD, None) if model.config._attn_implementation == NAME else None
+    former = _recipe_of(model)
     patch(model, recipe)
     try:
         yield model
     finally:
-        if former is None:
-            unpatch(model)
-        else:
-            setattr(model.config, FIELD, former)
-            _forget_plans(model)
+        _restore(model, former)
 
 
 def check_model(model: Any) -> None:
@@ -99,6 +98,8 @@ def check_model(model: Any) -> None:
     why = []
     if config.get_text_config() is not config:
         why.append("it is made of several models; patch the language model inside, such as model.model.language_model")
+    elif not any(_is_attention(module) for module in model.modules()):
+        why.append("none of its modules is an attention layer of Transformers' AttentionInterface, with a layer_idx and is_causal")
     elif not all(hasattr(config, name) for name in ("num_hidden_layers", "num_attention_heads")):
         why.append("its configuration does not say how many layers and heads it has")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -107,6 +108,20 @@ def check_model(model: Any) -> None:
         why.append(f"it attends within chunks of {config.attention_chunk_size} tokens")
     if why:
         raise Unsupported("s2attn cannot serve this model", {type(model).__name__: why})
+
+
+def _recipe_of(model: PreTrainedModel) -> Any:
+    """The recipe by which a model runs at present, or None."""
+    return getattr(model.config, FIELD, None) if model.config._attn_implementation == NAME else None
+
+
+def _restore(model: PreTrainedModel, former: Any) -> None:
+    """Back to a recipe from before, or to the model without one."""
+    if former is None:
+        unpatch(model)
+    else:
+        setattr(model.config, FIELD, former)
+        _forget_plans(model)
 
 
 def _is_attention(module: Any) -> bool:

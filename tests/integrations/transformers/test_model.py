@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import s2attn
 from s2attn import Dense, Local, PerHead, Recipe, Sink, Stride, Unsupported, Window
@@ -202,6 +203,39 @@ def test_what_has_no_meaning_is_refused(changes: dict[str, Any], arguments: dict
     model = s2attn.patch(tiny(**changes), SPARSE).train()
     with pytest.raises(Unsupported, match=message):
         model(text(1, 8), **arguments)
+
+
+class OldAttention(nn.Module):
+    """Attention with code of its own: Transformers takes such classes for what they are by their source."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, 0, True
+
+
+class OldModel(transformers.PreTrainedModel):
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config: Any, layer: Any) -> None:
+        super().__init__(config)
+        self.layer = layer(config)
+
+
+def test_models_without_the_interface() -> None:
+    config = transformers.LlamaConfig(**SHAPE)
+    with pytest.raises(Unsupported, match="OldModel: its class does not use Transformers' AttentionInterface"):
+        s2attn.patch(OldModel(config, OldAttention), Window(8))
+    with pytest.raises(Unsupported, match="none of its modules is an attention layer"):
+        s2attn.patch(OldModel(config, lambda config: nn.Identity()), Window(8))
+
+
+def test_a_patch_that_fails_changes_nothing() -> None:
+    model = tiny()
+    model.config.is_causal = False
+    with pytest.raises(Unsupported, match="configuration says is_causal=False"):
+        s2attn.patch(model, SPARSE)
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model.config, "s2_attention")
 
 
 def test_models_that_recipes_have_no_meaning_for() -> None:
