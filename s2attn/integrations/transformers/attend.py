@@ -63,7 +63,7 @@ def attention_forward(
             raise Unsupported("s2attn cannot honour an argument of this attention", {type(module).__name__: [f"{name} was given"]})
     if sliding_window is not None and not causal:
         raise Unsupported("windows that look both ways have several meanings", {type(module).__name__: ["not causal, sliding_window"]})
-    call = LayerCall(plan.pattern, query.shape[1], key.shape[1], plan.layer, causal, plan.heads, scaling, softcap, s_aux, "auto")
+    call = LayerCall(plan.pattern, query.shape[1], key.shape[1], plan.layer, causal, plan.heads, scaling, softcap, s_aux, plan.backend)
     paged = getattr(key, PAGED, None)
     places = _EVERYWHERE
     if attention_mask is not None:
@@ -122,7 +122,7 @@ def _decoded(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places:
     k_pages, v_pages = (as_pages(x, length, size) for x in (key, value))
     table = torch.arange(batch * kv_heads * (length // size), device=key.device).view(batch, kv_heads, -1)
     how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "layer": call.layer, "heads": call.heads}
-    out = decode(q, k_pages, v_pages, pattern, block_table=table, seq_lens=keys, **how, validate=False)
+    out = decode(q, k_pages, v_pages, pattern, block_table=table, seq_lens=keys, **how, backend=call.backend, validate=False)
     return out if order is None else put(out, order, places_of(q) >= q.shape[1] - queries[:, None])
 
 
@@ -136,7 +136,7 @@ def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, cu
 
 
 def _attend(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None = None) -> Tensor:
-    how: Any = {"causal": call.causal, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+    how: Any = {"causal": call.causal, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}
     return attention(q, k, v, call.pattern, **how, cu_seqlens_q=cu, cu_seqlens_k=cu, layer=call.layer, heads=call.heads)
 
 

@@ -8,20 +8,24 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from s2attn.backends import get_backend
 from s2attn.core import Unsupported, bad_kind
 from s2attn.integrations.spec import FIELD, to_spec
 from s2attn.integrations.transformers.interface import NAME, register
-from s2attn.integrations.transformers.plan import KEPT, keep_plan, kv_heads_of, model_recipe
+from s2attn.integrations.transformers.plan import BACKEND, KEPT, keep_plan, kv_heads_of, model_recipe
 from s2attn.patterns import Pattern, Recipe
 
 _BEFORE = "_s2attn_before"
 
 
-def patch(model: PreTrainedModel, recipe: Recipe | Pattern) -> PreTrainedModel:
+def patch(model: PreTrainedModel, recipe: Recipe | Pattern, *, backend: str = "auto") -> PreTrainedModel:
     """Let a Transformers model attend by a recipe, in place: weights stay as they are.
 
     The recipe goes into ``model.config.s2_attention``, is saved with the model, and is what other hosts of s2attn read. A model that is
     patched already gets another recipe.
+
+    Args:
+        backend: as of `s2attn.attention`; a choice of this process, which is not saved.
 
     Returns:
         the model.
@@ -33,8 +37,10 @@ def patch(model: PreTrainedModel, recipe: Recipe | Pattern) -> PreTrainedModel:
     check_model(model)
     spec = to_spec(recipe)
     model_recipe(model.config, spec)
+    if backend != "auto":
+        get_backend(backend)
     register()
-    before, former = model.config._attn_implementation, _recipe_of(model)
+    before, former = model.config._attn_implementation, _state(model)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         why = "its class does not use Transformers' AttentionInterface"
@@ -46,6 +52,7 @@ def patch(model: PreTrainedModel, recipe: Recipe | Pattern) -> PreTrainedModel:
     try:
         for module in model.modules():
             if _is_attention(module):
+                module.__dict__[BACKEND] = backend
                 _plan_ahead(module)
     except Exception:
         _restore(model, former)
@@ -65,11 +72,13 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, FIELD):
         delattr(model.config, FIELD)
     _forget_plans(model)
+    for module in model.modules():
+        module.__dict__.pop(BACKEND, None)
     return model
 
 
 @contextmanager
-def patched(model: PreTrainedModel, recipe: Recipe | Pattern) -> Iterator[PreTrainedModel]:
+def patched(model: PreTrainedModel, recipe: Recipe | Pattern, *, backend: str = "auto") -> Iterator[PreTrainedModel]:
     """The model with another recipe inside the block; afterwards it is as it was, also if it had a recipe before.
 
     >>> import transformers, s2attn
@@ -82,8 +91,8 @@ def patched(model: PreTrainedModel, recipe: Recipe | Pattern) -> Iterator[PreTra
     'sdpa'
     """
     check_model(model)
-    former = _recipe_of(model)
-    patch(model, recipe)
+    former = _state(model)
+    patch(model, recipe, backend=backend)
     try:
         yield model
     finally:
@@ -110,18 +119,22 @@ def check_model(model: Any) -> None:
         raise Unsupported("s2attn cannot serve this model", {type(model).__name__: why})
 
 
-def _recipe_of(model: PreTrainedModel) -> Any:
-    """The recipe by which a model runs at present, or None."""
-    return getattr(model.config, FIELD, None) if model.config._attn_implementation == NAME else None
+def _state(model: PreTrainedModel) -> tuple[Any, list[tuple[Any, str]]]:
+    """The recipe by which a model runs at present, or None, and the backends of its attention modules."""
+    spec = getattr(model.config, FIELD, None) if model.config._attn_implementation == NAME else None
+    return spec, [(module, module.__dict__.get(BACKEND, "auto")) for module in model.modules() if _is_attention(module)]
 
 
-def _restore(model: PreTrainedModel, former: Any) -> None:
-    """Back to a recipe from before, or to the model without one."""
-    if former is None:
+def _restore(model: PreTrainedModel, state: tuple[Any, list[tuple[Any, str]]]) -> None:
+    """Back to what a model was, with a recipe or without one."""
+    spec, backends = state
+    if spec is None:
         unpatch(model)
-    else:
-        setattr(model.config, FIELD, former)
-        _forget_plans(model)
+        return
+    setattr(model.config, FIELD, spec)
+    _forget_plans(model)
+    for module, name in backends:
+        module.__dict__[BACKEND] = name
 
 
 def _is_attention(module: Any) -> bool:

@@ -124,7 +124,7 @@ class _Layer(CacheLayerMixin):
             raise Unsupported("a cache has no gradient", {"autograd": ["call the model under torch.no_grad()"]})
         q, k, v = autocast(q, k, v)
         sequences = self.past.open(len(q))
-        how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+        how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}
         if places.key_order is None or places.queries is None:
             out = pages.attend(sequences, self.layer, q, k, v, **how)
         else:

@@ -13,7 +13,8 @@ from s2attn.integrations.spec import FIELD, read_spec
 from s2attn.layout import HeadRange
 from s2attn.patterns import And, ByRange, Dense, Or, Pattern, PerHead, Recipe, Window
 
-KEPT = "_s2attn_plan"
+KEPT, BACKEND = "_s2attn_plan", "_s2attn_backend"
+"""What is kept on a module: its plan, and the backend that `patch` was told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class LayerPlan:
         given: query heads, KV heads and the model's own window, as attention was called with them.
         pattern: cut to that window.
         heads: the global heads that these are; None for all of the model.
+        backend: as of `s2attn.attention`.
     """
 
     spec: Any
@@ -33,6 +35,7 @@ class LayerPlan:
     pattern: Pattern
     causal: bool
     heads: HeadRange | None
+    backend: str
 
 
 def layer_plan(module: nn.Module, heads: int, kv_heads: int, window: int | None) -> LayerPlan:
@@ -85,7 +88,7 @@ def make_plan(module: nn.Module, given: tuple[int, int, int | None]) -> LayerPla
         raise Unsupported("s2attn cannot serve this attention module", {type(module).__name__: why})
     heads = head_range(module, given[:2], (config.num_attention_heads, kv_heads_of(config)))
     pattern = recipe.pattern(layer) if given[2] is None else within(recipe.pattern(layer), given[2])
-    return LayerPlan(spec, given, layer, pattern, bool(causal), heads)
+    return LayerPlan(spec, given, layer, pattern, bool(causal), heads, module.__dict__.get(BACKEND, "auto"))
 
 
 def kv_heads_of(config: Any) -> int:

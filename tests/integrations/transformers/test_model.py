@@ -205,6 +205,20 @@ def test_what_has_no_meaning_is_refused(changes: dict[str, Any], arguments: dict
         model(text(1, 8), **arguments)
 
 
+@torch.no_grad()
+def test_a_backend_of_choice_never_falls_back() -> None:
+    model, tokens = s2attn.patch(tiny(), SPARSE), text(1, 40)
+    expected = model(tokens).logits
+    with s2attn.patched(model, SPARSE, backend="reference"):
+        assert {layer.self_attn._s2attn_plan.backend for layer in model.model.layers} == {"reference"}
+        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-6, rtol=0)
+        with pytest.raises(Unsupported, match="decode cannot run with backend='reference'"):
+            model.generate(tokens, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    assert model.generate(tokens, max_new_tokens=2, cache_implementation="static", disable_compile=True).shape[1] > 40
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto'.*got 'fast'"):
+        s2attn.patch(model, SPARSE, backend="fast")
+
+
 class OldAttention(nn.Module):
     """Attention with code of its own: Transformers takes such classes for what they are by their source."""
 
