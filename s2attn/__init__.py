@@ -76,6 +76,8 @@ __all__ = [
     "overlapped_attention",
     "overlapped_projection",
     "parse_pattern",
+    "patch",
+    "patched",
     "plan_layers",
     "plot",
     "plot_context",
@@ -84,11 +86,12 @@ __all__ = [
     "stream",
     "suggest",
     "ulysses_attention",
+    "unpatch",
     "warmup",
     "warmup_decode",
 ]
 
-# The lab, the selectors and serving are loaded when they are first asked for: attention alone does not need them.
+# The lab, the selectors, serving and hosts are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Comparison": "s2attn.lab.compare",
     "HostedCache": "s2attn.cache.hosted",
@@ -111,6 +114,8 @@ _LAZY = {
     "hyper_attention": "s2attn.selectors",
     "overlapped_attention": "s2attn.distributed.projection",
     "overlapped_projection": "s2attn.distributed.projection",
+    "patch": "s2attn.integrations.transformers",
+    "patched": "s2attn.integrations.transformers",
     "plan_layers": "s2attn.cache.host_plan",
     "plot": "s2attn.lab.plot",
     "plot_context": "s2attn.lab.context",
@@ -118,6 +123,7 @@ _LAZY = {
     "stream": "s2attn.nn.generation",
     "suggest": "s2attn.lab.suggest",
     "ulysses_attention": "s2attn.distributed.ulysses",
+    "unpatch": "s2attn.integrations.transformers",
     "warmup_decode": "s2attn.ops.warmup_decode",
 }
 
