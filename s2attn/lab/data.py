@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +87,55 @@ def read_corpus(root: Path | None = None, *, percent: int = 5, max_files: int | 
         parts.append((torch.frombuffer(bytearray(text), dtype=torch.uint8), tuple(chosen)))
     (train, train_files), (validation, validation_files) = parts
     return Corpus(train, validation, train_files, validation_files)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step reads.
+
+    Attributes:
+        inputs, targets: int64 ``(B, T)``; the targets are the tokens that follow.
+        cu_seqlens: int32 ``(documents + 1,)``, where documents lie packed in the rows, one row behind the other; None where a row is one text.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        packed = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), packed)
+
+
+class Feed(Protocol):
+    """The data of a run: what each step reads, which depends on its number alone, and what it is judged on, always the same."""
+
+    def train(self, step: int) -> Batch: ...
+
+    def validation(self) -> list[Batch]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Pieces of a text of bytes at random places, and evenly spaced pieces of another to judge on.
+
+    Attributes:
+        text, unseen: uint8 ``(total,)``; the second is for validation.
+        windows: pieces to judge on.
+    """
+
+    text: Tensor
+    unseen: Tensor
+    batch: int
+    context: int
+    seed: int = 0
+    windows: int = 12
+
+    def train(self, step: int) -> Batch:
+        return Batch(*train_batch(self.text, step, batch=self.batch, context=self.context, seed=self.seed))
+
+    def validation(self) -> list[Batch]:
+        return [Batch(*pair) for pair in validation_batches(self.unseen, windows=self.windows, context=self.context)]
 
 
 def train_batch(text: Tensor, step: int, *, batch: int, context: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from s2attn.cache import SparseCache
 from s2attn.core import bad_value
-from s2attn.lab.data import Corpus, read_corpus
+from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
 from s2attn.lab.model import LanguageModel, ModelConfig
@@ -199,12 +199,19 @@ def new_runs(settings: DemoSettings) -> list[Run]:
     return [Run(name, model, settings.train) for name, model in models.items()]
 
 
+def feed_of(settings: DemoSettings, corpus: Corpus) -> Windows:
+    """What the runs read."""
+    train = settings.train
+    return Windows(corpus.train, corpus.validation, train.batch, train.context, train.seed, train.eval_windows)
+
+
 def fit_steps(settings: DemoSettings, corpus: Corpus) -> DemoSettings:
     """As many steps as fit into ``settings.train_seconds`` on this machine, from a trial of a few steps that is thrown away."""
     if settings.train_seconds is None:
         return settings
     trial = new_runs(settings)
-    pairs = [sum(run.advance(corpus.train)["seconds"] for run in trial) for _ in range(4)]
+    feed = feed_of(settings, corpus)
+    pairs = [sum(run.advance(feed)["seconds"] for run in trial) for _ in range(4)]
     # Six validations cost about as much as thirty steps.
     steps = int(settings.train_seconds / min(pairs)) - 30
     return settings.with_steps(max(FEWEST_STEPS, min(MOST_STEPS, steps)))
@@ -225,7 +232,7 @@ def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metr
             show.note(f"step {entry['step']:>4}   validation loss   dense {before:.3f}   S2 {entry['validation_loss']:.3f}")
 
     show.begin(settings.train.steps * len(runs), "steps")
-    train_in_turn(runs, corpus.train, corpus.validation, log, seconds=math.inf if seconds is None else 1.2 * seconds)
+    train_in_turn(runs, feed_of(settings, corpus), log, seconds=math.inf if seconds is None else 1.2 * seconds)
     show.end()
     return runs
 
