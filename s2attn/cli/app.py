@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,24 @@ def demo(
         from s2attn.cli.demo import show_demo
 
         show_demo(out, quick=quick, steps=steps, seed=seed, flex=flex)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="TOML file; the defaults, on Python's own sources, when left out.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for metrics and checkpoints.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint there, if there is one.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks with torch.compile.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A value in place of the file's, such as train.steps=20.")] = None,
+) -> None:
+    """Train a small language model on a folder of text: any recipe, packed documents, exact resume; under torchrun with FSDP2."""
+    with clear_errors():
+        from s2attn.cli.train import show_training
+
+        changes = list(set_ or ())
+        changes += [] if out is None else [f"run.out={dumps(out)}"]
+        changes += ["train.compile=true"] if compile else []
+        show_training(config, changes, resume=resume)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -95,7 +96,8 @@ class Batch:
 
     Attributes:
         inputs, targets: int64 ``(B, T)``; the targets are the tokens that follow.
-        cu_seqlens: int32 ``(documents + 1,)``, where documents lie packed in the rows, one row behind the other; None where a row is one text.
+        cu_seqlens: int32 ``(documents + 1,)``, cumulative lengths of the documents that lie packed in the rows, one row behind the other;
+            None where a row is one text.
     """
 
     inputs: Tensor
@@ -138,6 +140,17 @@ class Windows:
         return [Batch(*pair) for pair in validation_batches(self.unseen, windows=self.windows, context=self.context)]
 
 
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """A generator of its own for each pair of numbers.
+
+    >>> len({torch.rand(1, generator=generator_of(*pair)).item() for pair in ((0, 0), (0, 1), (1, 0), (1, 1))})
+    4
+    """
+    # Both are mixed into 32 bits, because torch's generator on the CPU looks at no more of its seed.
+    state = numpy.random.SeedSequence((check_int("seed", seed, 0), check_int("number", number, 0))).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
 def train_batch(text: Tensor, step: int, *, batch: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
     """Bytes and the bytes that follow, both int64 ``(batch, context)``, at random places that depend on ``seed`` and ``step`` alone.
 
@@ -146,8 +159,7 @@ def train_batch(text: Tensor, step: int, *, batch: int, context: int, seed: int)
     check_int("step", step, 0)
     if text.numel() <= context:
         raise bad_value("text", f"must be longer than the context of {context} bytes", text.numel())
-    generator = torch.Generator().manual_seed((seed << 32) ^ step)
-    starts = torch.randint(text.numel() - context, (batch,), generator=generator)
+    starts = torch.randint(text.numel() - context, (batch,), generator=generator_of(seed, step))
     rows = text[starts[:, None] + torch.arange(context + 1)].long()
     return rows[:, :-1], rows[:, 1:]
 

@@ -7,9 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
@@ -19,11 +18,11 @@ from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
 from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.progress import Metrics, Record, Show
 from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
 from s2attn.nn.sampling import Sampling
 from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
 
-Record = dict[str, Any]
 FEWEST_STEPS, MOST_STEPS = 30, 400
 LOGIT_TOLERANCE = 1e-4
 """Logits with and without a cache may differ by rounding only: so much of the largest logit, in float32."""
@@ -33,20 +32,6 @@ PREFILL_CHUNK = 128
 MODEL = ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
 DENSE, SPARSE = Recipe(Dense()), Recipe(Local(2) | Stride(4), dense_layers=[0])
 TRAIN = TrainConfig(steps=300, batch=1)
-
-
-class Show(Protocol):
-    """Where the demo reports to while it runs; the command line draws it, tests stay silent."""
-
-    def stage(self, title: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def begin(self, total: int, unit: str) -> None: ...
-
-    def advance(self, text: str = "") -> None: ...
-
-    def end(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -116,23 +101,6 @@ class DemoSettings:
             "lengths": list(self.lengths),
             "train_seconds": self.train_seconds,
         }
-
-
-@dataclass
-class Metrics:
-    """Every event of a run as one line of JSON."""
-
-    path: Path
-    entries: list[Record] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("", encoding="utf-8")
-
-    def write(self, entry: Record) -> None:
-        self.entries.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Callable[[DemoSettings, Show], Record]) -> Record:

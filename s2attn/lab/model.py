@@ -138,8 +138,8 @@ class LanguageModel(nn.Module):
         """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``.
 
         Args:
-            cu_seqlens: int32 ``(documents + 1,)``, cumulative lengths of the documents that lie packed in the rows, one row behind the other;
-                no document then sees anything of another, and its positions begin at 0.
+            cu_seqlens: int32 ``(documents + 1,)``, cumulative lengths of documents that lie packed in the rows, row behind row; no
+                document then sees anything of another, and its positions begin at 0.
         """
         place = positions(tokens) if cu_seqlens is None else packed_positions(tokens, cu_seqlens)
         rotation = rotations(place, self.config.head_dim, self.config.rope_base)
@@ -186,7 +186,7 @@ def rotations(place: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the two halves of every head of ``x`` ``(B, T, heads, head_dim)`` by the angles of its position."""
+    """Turn the two halves of every head of ``x`` ``(B, T, heads, head_dim)`` by the angles of its position, in float32."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

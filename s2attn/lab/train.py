@@ -21,7 +21,7 @@ from s2attn.core import bad_value, check_int
 from s2attn.lab.data import Batch, Feed
 from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.lab.training.files import write_file
-from s2attn.lab.training.place import Place
+from s2attn.lab.training.place import ALONE, Place
 
 Log = Callable[[dict[str, Any]], None]
 PRECISIONS = ("float32", "bfloat16")
@@ -95,7 +95,7 @@ class Run:
     config: TrainConfig
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-    place: Place = Place()
+    place: Place = ALONE
 
     def __post_init__(self) -> None:
         if self.config.batch % self.place.ranks:
@@ -168,31 +168,24 @@ class Run:
             "train_seconds": sum(seconds),
         }
 
-    def save(self, folder: Path, **more: Any) -> None:
-        """Write ``config.json`` (with the recipe), ``weights.pt``, and ``training.pt``, from which :meth:`resume` goes on.
-
-        With several processes all of them must call it; the first one writes, and the weights are put together for it.
+    def state(self, **more: Any) -> RunState:
+        """Everything that :meth:`resume` needs, put together from all processes, each of which must call it.
 
         Args:
-            more: plain values that ``training.pt`` shall hold too.
-
-        Raises:
-            OSError: a file could not be written; those that stood there are as they were.
+            more: plain values that shall be kept too.
         """
         weights, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         generators = self.place.gather(random_state(self.place.device))
         state = {"step": self.step, "history": self.history, "optimizer": optimizer, "generators": generators, **more}
+        return RunState(self.model.config, weights, state)
 
-        def write() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / "config.json", self.model.config.to_json() + "\n")
-            write_file(folder / "weights.pt", weights)
-            write_file(folder / "training.pt", state)
-
-        self.place.first_does(write)
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` (with the recipe), ``weights.pt``, and ``training.pt``, from which :meth:`resume` goes on."""
+        state = self.state()
+        self.place.first_does(lambda: state.write(folder))
 
     @classmethod
-    def resume(cls, folder: Path, name: str, config: TrainConfig, place: Place = Place()) -> Run:
+    def resume(cls, folder: Path, name: str, config: TrainConfig, place: Place = ALONE) -> Run:
         """The run that :meth:`save` wrote; it continues as if it had never stopped."""
         run = cls(name, load_model(folder), config, place=place)
         state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
@@ -203,6 +196,29 @@ class Run:
         if len(state["generators"]) == place.ranks:
             set_random_state(place.device, state["generators"][place.rank])
         return run
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """A run as it is written to the disk.
+
+    Attributes:
+        weights: of the model, by name.
+        training: step, history, the optimizer's tensors by the names of the weights, and the states of torch's generators.
+    """
+
+    config: ModelConfig
+    weights: dict[str, Any]
+    training: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write ``config.json``, ``weights.pt`` and ``training.pt``.
+
+        Raises:
+            OSError: a file could not be written; what stood there before is as it was.
+        """
+        write_model(self.config, self.weights, folder)
+        write_file(folder / "training.pt", self.training)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -256,9 +272,14 @@ def steps_that_fit(runs: Sequence[Run], planned: int, left: float) -> int:
 
 def save_model(model: LanguageModel, folder: Path) -> None:
     """Write ``config.json``, which holds the recipe, and ``weights.pt`` into ``folder``."""
+    write_model(model.config, model.state_dict(), folder)
+
+
+def write_model(config: ModelConfig, weights: dict[str, Any], folder: Path) -> None:
+    """Write what :func:`load_model` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.json", model.config.to_json() + "\n")
-    write_file(folder / "weights.pt", model.state_dict())
+    write_file(folder / "config.json", config.to_json() + "\n")
+    write_file(folder / "weights.pt", weights)
 
 
 def load_model(folder: Path) -> LanguageModel:

@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -22,8 +23,11 @@ def write_file(path: Path, content: str | dict[str, Any]) -> None:
     """
     beside = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        with beside.open("wb") as file:
-            _fill(file, content)
+        with _Watched(FileIO(beside, "w")) as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                _dump(content, file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -32,35 +36,26 @@ def write_file(path: Path, content: str | dict[str, Any]) -> None:
         raise OSError(error.errno, f"{path} could not be written and is as it was: {error.strerror}") from error
 
 
-def _fill(file: IO[bytes], content: str | dict[str, Any]) -> None:
-    if isinstance(content, str):
-        file.write(content.encode())
-        return
-    watched = _Watched(file)
-    try:
-        torch.save(content, watched)
-    except RuntimeError as error:  # torch's writer hides the reason for which it could not write
-        if watched.error is None:
-            raise
-        raise watched.error from error
-
-
-class _Watched:
+class _Watched(BufferedWriter):
     """A file that remembers why it could not be written."""
 
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.error: OSError | None = None
+    error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any, /) -> int:
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
+
+def _dump(content: dict[str, Any], file: _Watched) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch's writer hides the reason for which it could not write
+        if file.error is None:
+            raise
+        raise file.error from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from s2attn.core import bad_value
 
+CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others before it gives up."""
 
@@ -27,7 +28,7 @@ class Place:
     True
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     rank: int = 0
     ranks: int = 1
 
@@ -36,7 +37,7 @@ class Place:
         return self.rank == 0
 
     def spread(self, model: nn.Module, parts: Iterable[nn.Module]) -> None:
-        """Move a model, the same one in every process, to the device; with several processes shard its weights, one of its parts at a time."""
+        """Move a model, the same one in every process, to the device; with several processes shard its weights, part by part."""
         model.to(self.device)
         if self.ranks == 1:
             return
@@ -83,6 +84,9 @@ class Place:
             raise OSError(f"the first process failed: {told}")
 
 
+ALONE = Place()
+
+
 @contextmanager
 def place_of(device: str = "auto") -> Iterator[Place]:
     """The place that ``device`` and torchrun's environment variables name; groups of processes end with the block.
@@ -102,7 +106,7 @@ def place_of(device: str = "auto") -> Iterator[Place]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         torch.cuda.set_device(local)
-    here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    here = torch.device(kind, local) if kind == "cuda" else CPU
     if ranks == 1:
         yield Place(here)
         return
