@@ -76,7 +76,7 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and weights.pt, such as demo-report/checkpoint.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     file: Annotated[Path | None, typer.Option(help="The text to continue is in this file.")] = None,
-    count: Annotated[int, typer.Option(help="Bytes to write.")] = 256,
+    count: Annotated[int, typer.Option(help="Bytes (or tokens) to write.")] = 256,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest likely bytes that have this probability together.")] = None,

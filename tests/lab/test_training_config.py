@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from s2attn import Dense, Local, Recipe, Stride, Window
-from s2attn.lab.training.config import JobConfig, read_config
+from s2attn.lab.training.config import JobConfig, config_of, read_config, tomllib
 
 FILE = """
 [data]
@@ -109,3 +110,15 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[train\nsteps = 3")
     with pytest.raises(ValueError, match=r"CONFIG must be TOML; got .*bad\.toml: "):
         read_config(tmp_path / "bad.toml")
+
+
+def test_the_file_on_the_page_names_every_value_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/train.md").read_text()
+    tables = tomllib.loads(page.split("```toml")[1].split("```")[0])
+    shown, plain = config_of(tables), JobConfig()
+    told = {name: set(table) for name, table in tables.items()}
+    left_out = {"model": {"vocabulary"}, "data": {"max_files"}, "train": {"compile_backend"}, "run": set()}
+    for name, table in told.items():
+        assert table | left_out[name] == {entry.name for entry in fields(getattr(plain, name))}
+    assert shown.train == plain.train and shown.run == plain.run
+    assert replace(shown.model, recipe=plain.model.recipe) == plain.model
