@@ -24,6 +24,8 @@ from s2attn.lab.training.files import write_file
 from s2attn.lab.training.place import ALONE, Place
 
 Log = Callable[[dict[str, Any]], None]
+VERSIONS = 16
+"""Compiled forms that a block may have at most: for training and judging, for rows and lists of documents of other lengths."""
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -102,8 +104,7 @@ class Run:
             raise bad_value("batch", f"must be a multiple of the processes ({self.place.ranks})", self.config.batch)
         self.model.recompute = self.config.recompute
         if self.config.compile:
-            for block in self.model.blocks:  # the forward alone: what FSDP hangs around a block stays outside
-                block.forward = torch.compile(block.forward, fullgraph=True, backend=self.config.compile_backend)
+            compile_blocks(self.model, self.config.compile_backend)
         self.place.spread(self.model, self.model.blocks)
         matrices = [weight for weight in self.model.parameters() if weight.dim() >= 2]
         vectors = [weight for weight in self.model.parameters() if weight.dim() < 2]
@@ -196,6 +197,16 @@ class Run:
         if len(state["generators"]) == place.ranks:
             set_random_state(place.device, state["generators"][place.rank])
         return run
+
+
+def compile_blocks(model: LanguageModel, backend: str) -> None:
+    """Compile each block of a model: its forward alone, so that what FSDP hangs around a block stays outside."""
+    settings: Any = torch._dynamo.config
+    # Blocks differ in their patterns, and all of them count as versions of one function, each for training and for judging.
+    settings.recompile_limit = max(settings.recompile_limit, VERSIONS * len(model.blocks))
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, VERSIONS * len(model.blocks))
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ def folder(tmp_path: Path) -> Path:
     return texts
 
 
+def changes_of(texts: Path, out: Path) -> list[str]:
+    return [*SMALL, f"data.source={json.dumps(str(texts))}", f"run.out={json.dumps(str(out))}"]
+
+
 def config_of(texts: Path, out: Path, *changes: str) -> JobConfig:
-    return read_config(None, [*SMALL, f"data.source={json.dumps(str(texts))}", f"run.out={json.dumps(str(out))}", *changes])
+    return read_config(None, [*changes_of(texts, out), *changes])
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
@@ -59,16 +63,21 @@ def steps_in(out: Path) -> list[str]:
     return sorted(path.name for path in (out / CHECKPOINTS).iterdir())
 
 
+KILLED = """
+import os, signal, sys
+from s2attn.lab.progress import Silent
+from s2attn.lab.training.config import read_config
+from s2attn.lab.training.job import run_training
+
 class Killer(Silent):
-    """Kills its process in the middle of a run, as nothing that could be caught does."""
+    steps = 0
+    def advance(self, text=""):
+        self.steps += 1
+        if self.steps == 5:
+            os.kill(os.getpid(), signal.SIGKILL)  # as nothing that could be caught does
 
-    def __init__(self, step: int):
-        self.left = step
-
-    def advance(self, text: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+run_training(read_config(None, sys.argv[1:]), Killer())
+"""
 
 
 def test_a_run_leaves_metrics_results_and_a_model(folder: Path, tmp_path: Path) -> None:
@@ -84,15 +93,12 @@ def test_a_run_leaves_metrics_results_and_a_model(folder: Path, tmp_path: Path) 
     assert results["bits_per_byte"] < results["validation_loss"] / torch.log(torch.tensor(2.0))
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, tmp_path: Path, tokenizer: str) -> None:
-    more = (f"data.tokenizer={tokenizer}", "data.vocabulary=300")
+def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, tmp_path: Path) -> None:
+    more = ("data.tokenizer=bpe", "data.vocabulary=300")
     run_training(config_of(folder, tmp_path / "straight", *more), Silent())
-    child = os.fork()
-    if child == 0:
-        run_training(config_of(folder, tmp_path / "killed", *more), Killer(5))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    words = [*changes_of(folder, tmp_path / "killed"), *more]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=LONG_S)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert steps_in(tmp_path / "killed") == ["step-00000002", "step-00000004"]
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # half a line
@@ -105,11 +111,10 @@ def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, tmp_path: Path,
 
 def test_two_processes_give_the_losses_of_one_and_either_goes_on_from_the_other(folder: Path, tmp_path: Path) -> None:
     run_training(config_of(folder, tmp_path / "one"), Silent())
-    changes = [*SMALL, f"data.source={json.dumps(str(folder))}"]
-    sets = [word for change in changes for word in ("--set", change)]
+    sets = [word for change in changes_of(folder, tmp_path / "two") for word in ("--set", change)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "s2attn.cli", "train", *sets]
     for more in (["--set", "run.save_every=4"], ["--resume"]):
-        done = subprocess.run([*command, "--out", str(tmp_path / "two"), *more], capture_output=True, text=True, timeout=LONG_S)
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=LONG_S)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "2 x cpu" in done.stdout
         for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
@@ -138,6 +143,7 @@ def test_documents_in_a_row_see_nothing_of_each_other() -> None:
 
 def losses_with(**changes: Any) -> list[float]:
     model = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48, recipe=changes.pop("recipe", SPARSE))
+    model = replace(model, layers=changes.pop("layers", 2))
     config = TrainConfig(**{"steps": 4, "batch": 2, "context": 64, "warmup": 1, "learning_rate": 1e-2, **changes})
     tokens = Tokens.of(["for i in range(10):\n    print(i)\n" * 9, "x = 1\n" * 7, "import os\n" * 30], Bytes())
     run = Run("run", LanguageModel(model), config)
@@ -146,6 +152,13 @@ def losses_with(**changes: Any) -> list[float]:
 
 def test_recomputing_changes_no_loss() -> None:
     assert losses_with(recompute=True) == losses_with()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_many_layers_are_compiled_too() -> None:
+    torch._dynamo.reset()
+    short = {"layers": 12, "steps": 2}
+    assert losses_with(compile=True, compile_backend="eager", **short) == pytest.approx(losses_with(**short), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -83,6 +83,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def _settle(folder: Path) -> None:
     """Ask the disk to remember which files a folder holds."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
