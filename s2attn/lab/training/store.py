@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -66,9 +67,15 @@ class Store:
         """Compare what decides a result with what a checkpoint was made with.
 
         Raises:
-            ValueError: it was another configuration, or other data; with every value that differs.
+            ValueError: it cannot be read, or was of another configuration, or of other data; with every value that differs.
         """
-        state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu", mmap=True)
+        try:
+            state, _ = (
+                torch.load(folder / name, weights_only=True, map_location="cpu", mmap=True) for name in ("training.pt", "weights.pt")
+            )
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            rule = f"must be readable; without its folder the run goes on from the one before ({folder})"
+            raise bad_value("the newest checkpoint", rule, str(error).splitlines()[0]) from error
         here, there = flat(settings), flat(state["settings"])
         differ = [name for name in sorted({*here, *there}) if here.get(name, MISSING) != there.get(name, MISSING)]
         if differ:
