@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,9 +54,13 @@ class Store:
         def write() -> None:
             if folder.exists():
                 return
-            with whole_folder(folder) as beside:
-                contents.write(beside)
-                tokenizer.save(beside)
+            try:
+                with whole_folder(folder) as beside:
+                    contents.write(beside)
+                    tokenizer.save(beside)
+            except OSError as error:
+                what = f"{folder} could not be saved; those before it are as they were, and --resume goes on from the newest"
+                raise OSError(error.errno, f"{what} ({os.strerror(error.errno or 0)})") from error
             for old in self.found()[: -self.keep]:
                 shutil.rmtree(old)
 
@@ -70,9 +75,8 @@ class Store:
             ValueError: it cannot be read, or was of another configuration, or of other data; with every value that differs.
         """
         try:
-            state, _ = (
-                torch.load(folder / name, weights_only=True, map_location="cpu", mmap=True) for name in ("training.pt", "weights.pt")
-            )
+            paths = (folder / "training.pt", folder / "weights.pt")
+            state, _ = (torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in paths)
         except (RuntimeError, EOFError, UnpicklingError) as error:
             rule = f"must be readable; without its folder the run goes on from the one before ({folder})"
             raise bad_value("the newest checkpoint", rule, str(error).splitlines()[0]) from error
