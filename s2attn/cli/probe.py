@@ -85,14 +85,16 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
 
 
 def read_tokens(folder: Path, file: Path) -> list[int]:
-    """The tokens of a file: a JSON list of numbers, or a text for the tokenizer of the folder; bytes for a model of the demo."""
+    """The tokens of a file: a JSON list of numbers, or a text for the tokenizer of the folder."""
     if file.suffix == ".json":
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, list):
             raise bad_value("--text", "must hold a list of tokens, where it is JSON", type(found).__name__)
         return [check_int("--text", token, 0) for token in found]
     if (folder / "weights.pt").is_file():
-        return list(file.read_bytes())
+        from s2attn.lab.training.tokens import read_tokens as own_tokens
+
+        return own_tokens(folder, file.read_bytes())
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise Unsupported("this text cannot be read", {str(folder): ["it holds no tokenizer; give the tokens as a JSON list"]})
     from transformers import AutoTokenizer
