@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange
+from s2attn.layout import HeadRange, layout_heads
 from s2attn.ops import attention
 from s2attn.ops.checks import check_softcap
 from s2attn.ops.selector import Selector
@@ -68,6 +68,15 @@ class SparseAttention(nn.Module):
         self.softcap = check_softcap(softcap)
         self.register_parameter("sinks", nn.Parameter(torch.zeros(self.num_heads)) if sinks else None)
         self.causal, self.scale, self.layer, self.heads, self.backend = causal, scale, check_int("layer", layer, 0), heads, backend
+        self._seen_as = self._first_alike()
+
+    def _first_alike(self) -> int:
+        """The first layer whose heads see what those of this one see: layers that are compiled one by one can then share their code."""
+        if isinstance(self.pattern, Selector):
+            return self.layer
+        everyone = self.heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
+        mine, *others = (layout_heads(self.pattern, everyone, self.num_kv_heads, layer) for layer in (self.layer, *range(self.layer)))
+        return others.index(mine) if mine in others else self.layer
 
     def forward(
         self,
@@ -102,7 +111,7 @@ class SparseAttention(nn.Module):
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             return_lse=return_lse,
-            layer=self.layer,
+            layer=self._seen_as,
             heads=self.heads,
             backend=self.backend,
         )
