@@ -20,6 +20,7 @@ class ModelConfig:
     """Shape of a model and the recipe of its layers; goes to and from JSON.
 
     ``look_back`` says how many bytes before a byte are added to its embedding: small models of bytes learn much faster so.
+    ``rope_factor`` divides positions before they are rotated (position interpolation, arXiv:2306.15595).
 
     >>> config = ModelConfig(layers=2)
     >>> ModelConfig.from_json(config.to_json()) == config
@@ -35,6 +36,7 @@ class ModelConfig:
     vocabulary: int = VOCABULARY
     look_back: int = 2
     rope_base: float = 10000.0
+    rope_factor: float = 1.0
     recipe: Recipe = Recipe(Dense())
 
     def __post_init__(self) -> None:
@@ -45,6 +47,9 @@ class ModelConfig:
             raise bad_value("heads", f"must be a multiple of kv_heads ({self.kv_heads})", self.heads)
         if self.head_dim % 2:
             raise bad_value("head_dim", "must be even, for rotary positions", self.head_dim)
+        for name in ("rope_base", "rope_factor"):
+            if not getattr(self, name) > 0:
+                raise bad_value(name, "must be positive", getattr(self, name))
 
     def with_recipe(self, recipe: Recipe) -> ModelConfig:
         return replace(self, recipe=recipe)
@@ -126,7 +131,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``."""
-        rotation = rotations(positions(tokens), self.config.head_dim, self.config.rope_base)
+        rotation = rotations(positions(tokens), self.config.head_dim, self.config.rope_base, self.config.rope_factor)
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, rotation)
@@ -142,10 +147,10 @@ class LanguageModel(nn.Module):
         return x
 
 
-def rotations(place: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``(B, T, 1, head_dim / 2)`` of the rotary angles (arXiv:2104.09864) at positions ``(B, T)``."""
+def rotations(place: Tensor, head_dim: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``(B, T, 1, head_dim / 2)`` of the rotary angles (arXiv:2104.09864) at positions ``(B, T)`` over ``factor``."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=place.device) / head_dim)
-    angles = place.float()[..., None, None] * frequencies
+    angles = place.float()[..., None, None] / factor * frequencies
     return angles.cos(), angles.sin()
 
 
