@@ -18,11 +18,12 @@ def heat_map(found: Sequence[Scores], path: Path, *, title: str = "") -> Path:
     picture = None
     for axis, one in zip(axes, found, strict=True):
         cells = [[one.exact[x][y] for x in range(len(one.lengths))] for y in range(len(one.depths))]
-        picture = axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        picture = axis.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.grid(False)
         for y, row in enumerate(cells):
             for x, share in enumerate(row):
-                axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+                color = "black" if share > 0.6 else "white"
+                axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
         axis.set_xticks(range(len(one.lengths)), [tokens(length) for length in one.lengths])
         axis.set_yticks(range(len(one.depths)), [f"{100 * depth:.0f} %" for depth in one.depths])
         axis.set(xlabel="length (tokens)", ylabel="depth", title=f"{one.task}: {100 * one.mean:.0f} %")
