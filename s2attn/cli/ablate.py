@@ -8,8 +8,7 @@ from pathlib import Path
 
 from s2attn.bench.clock import peak_bytes
 from s2attn.bench.host import host_facts
-from s2attn.cli.demo import Screen
-from s2attn.cli.screen import console, table
+from s2attn.cli.screen import Screen, console, table
 from s2attn.core import check_int
 from s2attn.lab.ablate import Gauge, run_ablation
 from s2attn.lab.ablate_report import plan_table, result_table, summary, write_report

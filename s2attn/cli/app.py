@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -53,11 +54,29 @@ def demo(
 
 
 @app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="TOML file; the defaults, on Python's own sources, when left out.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for metrics and checkpoints.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint there, if there is one.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks with torch.compile.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A value in place of the file's, such as train.steps=20.")] = None,
+) -> None:
+    """Train a small language model on a folder of text: any recipe, packed documents, exact resume; under torchrun with FSDP2."""
+    with clear_errors():
+        from s2attn.cli.train import show_training
+
+        changes = list(set_ or ())
+        changes += [] if out is None else [f"run.out={dumps(out)}"]
+        changes += ["train.compile=true"] if compile else []
+        show_training(config, changes, resume=resume)
+
+
+@app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and weights.pt, such as demo-report/checkpoint.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     file: Annotated[Path | None, typer.Option(help="The text to continue is in this file.")] = None,
-    count: Annotated[int, typer.Option(help="Bytes to write.")] = 256,
+    count: Annotated[int, typer.Option(help="Bytes (or tokens) to write.")] = 256,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest likely bytes that have this probability together.")] = None,

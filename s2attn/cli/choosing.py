@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from s2attn.cli.screen import console, table
@@ -12,6 +13,7 @@ from s2attn.lab.choosing import budget_of, calibrated, methods, model_data, plan
 from s2attn.lab.data import read_corpus
 from s2attn.lab.recall import judge, recall_chart, recall_table
 from s2attn.lab.train import load_model
+from s2attn.lab.training.tokens import Bytes, tokenizer_in
 from s2attn.selectors import XAttention
 
 
@@ -22,7 +24,7 @@ def show_recall(
     if text is not None and checkpoint is None:
         raise bad_value("--text", "must come with --checkpoint, whose model reads it", text)
     wanted = methods(block, read_shares(coverages))
-    data = planted_data(seqlen, seed) if checkpoint is None else model_data(load_model(checkpoint), text_of(text), seqlen)
+    data = planted_data(seqlen, seed) if checkpoint is None else model_data(load_model(checkpoint), tokens_of(checkpoint, text), seqlen)
     judged = judge(wanted, data)
     print(recall_table(judged, {name: [budget_of(one) for one in budgets] for name, budgets in wanted.items()}))
     if png is not None:
@@ -35,24 +37,24 @@ def run_calibrate(
 ) -> None:
     """Fit a table of coverage to a model, write it, and print what it keeps of text that was not used for it."""
     selector = XAttention(stride, block=block)
-    layers = read_by(load_model(checkpoint), text_of(text), windows=windows, seqlen=seqlen)
+    layers = read_by(load_model(checkpoint), tokens_of(checkpoint, text), windows=windows, seqlen=seqlen)
     fitted, judged = calibrated(selector, layers, target)
     lines = [["layer", "coverage", "density", "mass kept"]]
     for number, found in enumerate(judged):
         shares = [f"{found['least']:.3f} to {found['most']:.3f}", f"{100 * found['density']:.1f} %", f"{100 * found['kept']:.1f} %"]
         lines.append([str(number), *shares])
     screen = console()
-    screen.print(table(lines, f"{100 * target:g} % of the attention mass wanted; judged on {seqlen} bytes that the table has not seen"))
+    screen.print(table(lines, f"{100 * target:g} % of the attention mass wanted; judged on {seqlen} tokens that the table has not seen"))
     screen.print(f"Table: [bold]{write_coverage(fitted, target, out)}[/bold]")
 
 
-def text_of(path: Path | None) -> Tensor:
-    """The bytes of a file; of the standard library's files that the demo keeps for validation when None."""
-    if path is None:
-        return read_corpus().validation
-    import torch
-
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+def tokens_of(checkpoint: Path, path: Path | None) -> Tensor:
+    """The tokens of a file for this model; of the standard library's files that the demo keeps for validation when None."""
+    text = bytearray(read_corpus().validation.numpy().tobytes() if path is None else path.read_bytes())
+    tokenizer = tokenizer_in(checkpoint)
+    if isinstance(tokenizer, Bytes):
+        return torch.frombuffer(text, dtype=torch.uint8)
+    return tokenizer.encode([text.decode("utf-8", errors="replace")])[0]
 
 
 def read_shares(text: str) -> list[float]:

@@ -8,42 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from s2attn.bench.cases import length_cases
 from s2attn.bench.runner import Effort, run_suite
-from s2attn.cli.screen import console, show_times, table
-from s2attn.lab.demo import DemoSettings, Show, run_demo
+from s2attn.cli.screen import Screen, console, show_times, table
+from s2attn.lab.demo import DemoSettings, run_demo
+from s2attn.lab.progress import Show
 from s2attn.lab.report_md import loss_table, seconds, write_report
-
-
-class Screen(Show):
-    """Stages as headings, work as progress bars."""
-
-    def __init__(self, screen: Console):
-        self.screen = screen
-        self.progress: Progress | None = None
-
-    def stage(self, title: str) -> None:
-        self.screen.print(f"\n[bold]{title}[/bold]")
-
-    def note(self, text: str) -> None:
-        self.screen.print(f"  {text}", markup=False)
-
-    def begin(self, total: int, unit: str) -> None:
-        columns = (TextColumn("  "), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.description}"), console=self.screen, transient=True)
-        self.progress.add_task("", total=total)
-        self.progress.start()
-
-    def advance(self, text: str = "") -> None:
-        if self.progress is not None:
-            self.progress.update(self.progress.task_ids[0], advance=1, description=text)
-
-    def end(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-        self.progress = None
 
 
 def time_attention(settings: DemoSettings, show: Show) -> dict[str, Any]:

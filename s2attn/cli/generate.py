@@ -1,8 +1,7 @@
-"""``s2attn generate``: a checkpoint of the lab's model of bytes writes on, and the text appears as it comes."""
+"""``s2attn generate``: a checkpoint of the lab's model writes on, and the text appears as it comes."""
 
 from __future__ import annotations
 
-import codecs
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +13,12 @@ import torch
 from s2attn.cache import CacheFull, SparseCache
 from s2attn.core import bad_value
 from s2attn.lab.train import load_model
+from s2attn.lab.training.tokens import Bytes, Tokenizer, tokenizer_in
 from s2attn.nn.generation import NewToken, stream
 from s2attn.nn.sampling import Sampling
+
+LONGEST_CHARACTER = 4
+"""Bytes in UTF-8, and so tokens at most."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,14 @@ class Source:
     file: Path | None = None
     resume: Path | None = None
 
-    def prompt_bytes(self) -> list[int]:
-        """The bytes that are given, behind those of the cache."""
+    def tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """The tokens that are given, behind those of the cache."""
         if self.prompt and self.file is not None:
             raise bad_value("--prompt and --file", "must not be given together", f"{self.prompt!r} and {self.file}")
-        return list(self.prompt.encode() if self.file is None else self.file.read_bytes())
+        if isinstance(tokenizer, Bytes):
+            return list(self.prompt.encode() if self.file is None else self.file.read_bytes())
+        text = self.prompt if self.file is None else self.file.read_text(encoding="utf-8")
+        return tokenizer.encode([text])[0].tolist()
 
 
 def stop_bytes(letters: str) -> list[int]:
@@ -42,8 +48,10 @@ def stop_bytes(letters: str) -> list[int]:
 
 def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: int, save: Path | None, room: int) -> None:
     """Write the text to standard output as it comes, and what it cost to standard error."""
-    given = source.prompt_bytes()
-    model = load_model(folder).eval()
+    model, tokenizer = load_model(folder).eval(), tokenizer_in(folder)
+    if sampling.stop and not isinstance(tokenizer, Bytes):
+        raise bad_value("--stop", "must be left out with a model of byte pairs", f"{len(sampling.stop)} characters")
+    given = source.tokens(tokenizer)
     if source.resume is not None:
         cache = SparseCache.load(source.resume)
         if not cache.ledger.sequences:
@@ -58,11 +66,12 @@ def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: 
         raise bad_value("--prompt", "must hold something, or --file or --resume be given", "nothing")
     began = time.perf_counter()
     try:
-        new = _write(stream(model, [text], sampling, chunk=chunk, cache=cache, sequences=[sequence]))
+        new = _write(stream(model, [text], sampling, chunk=chunk, cache=cache, sequences=[sequence]), tokenizer)
     except CacheFull as error:  # a cache from a file has the pages that it was made with
         raise bad_value("--chunk", "must not be larger than when the cache was made", f"{chunk}: {error}") from error
     seconds = time.perf_counter() - began
-    note = f"{len(new)} bytes in {seconds:.1f} s; the cache never held more than {cache.bytes_most / 1e3:.0f} kB"
+    unit = "bytes" if isinstance(tokenizer, Bytes) else "tokens"
+    note = f"{len(new)} {unit} in {seconds:.1f} s; the cache never held more than {cache.bytes_most / 1e3:.0f} kB"
     print(f"{note}, where a dense one ends with {cache.bytes_dense / 1e3:.0f} kB", file=sys.stderr)
     if save is not None:
         last = torch.tensor([new[-1:]])
@@ -71,12 +80,16 @@ def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: 
         cache.save(save)
 
 
-def _write(steps: Iterator[list[NewToken]]) -> list[int]:
-    """Print bytes as they come, a character when it is whole."""
-    decoder, new = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+def _write(steps: Iterator[list[NewToken]], tokenizer: Tokenizer) -> list[int]:
+    """Print tokens as they come, a character when it is whole."""
+    new: list[int] = []
+    shown = 0
     for (token,) in steps:
         new.append(token.token)
-        sys.stdout.write(decoder.decode(bytes(new[-1:])))
-        sys.stdout.flush()
-    print(decoder.decode(b"", final=True))
+        text = tokenizer.decode(new[shown:]).decode("utf-8", errors="replace")
+        if not text.endswith("\ufffd") or len(new) - shown >= LONGEST_CHARACTER:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            shown = len(new)
+    print(tokenizer.decode(new[shown:]).decode("utf-8", errors="replace"))
     return new

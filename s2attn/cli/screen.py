@@ -10,10 +10,12 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from s2attn.core import Unsupported
+from s2attn.lab.progress import Show
 
 
 def console() -> Console:
@@ -30,6 +32,35 @@ def clear_errors() -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         print(f"s2attn: {'; '.join(lines)}", file=sys.stderr)
         raise typer.Exit(2) from error
+
+
+class Screen(Show):
+    """Stages as headings, work as progress bars."""
+
+    def __init__(self, screen: Console):
+        self.screen = screen
+        self.progress: Progress | None = None
+
+    def stage(self, title: str) -> None:
+        self.screen.print(f"\n[bold]{title}[/bold]")
+
+    def note(self, text: str) -> None:
+        self.screen.print(f"  {text}", markup=False)
+
+    def begin(self, total: int, unit: str) -> None:
+        columns = (TextColumn("  "), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.description}"), console=self.screen, transient=True)
+        self.progress.add_task("", total=total)
+        self.progress.start()
+
+    def advance(self, text: str = "") -> None:
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], advance=1, description=text)
+
+    def end(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        self.progress = None
 
 
 def table(lines: Sequence[Sequence[str]], title: str = "", right_from: int = 1) -> Table:

@@ -11,46 +11,15 @@ from rich.panel import Panel
 from rich.text import Text
 
 from s2attn.cli.screen import console, table
-from s2attn.core import bad_value
 from s2attn.lab.describe import Report, describe
+from s2attn.lab.words import read_what
 from s2attn.layout import build_layout
 from s2attn.layout.draw import draw
-from s2attn.patterns import PRESETS, Pattern, Recipe, parse_pattern, preset
+from s2attn.patterns import Pattern, Recipe
 
 WIDTH = 32
 """Characters of a drawn head, so that two of them stand side by side on 80 columns."""
 MOST_HEADS = 8
-
-
-def read_what(what: str) -> Pattern | Recipe:
-    """A preset's name, the path of a JSON file, or an expression.
-
-    Raises:
-        ValueError: it is none of them, or the file or the expression cannot be read.
-
-    >>> read_what("sink:4|window:512")
-    Sink(n=4) | Window(n=512)
-    """
-    if what in PRESETS:
-        return preset(what)
-    if what.endswith(".json") or Path(what).is_file():
-        return read_file(Path(what))
-    if what.isidentifier() and what.lower() not in ("dense", "power", "longnet"):
-        choices = f"a preset ({', '.join(PRESETS)}), a JSON file, or an expression such as local:16|stride:8"
-        raise bad_value("WHAT", f"must be {choices}", repr(what))
-    return parse_pattern(what)
-
-
-def read_file(path: Path) -> Pattern | Recipe:
-    """The pattern or recipe in a JSON file."""
-    if not path.is_file():
-        raise bad_value("WHAT", "must name a JSON file that exists", repr(str(path)))
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        is_recipe = "recipe" in json.loads(text)
-    except (json.JSONDecodeError, TypeError):
-        is_recipe = False  # the pattern's reader says what is wrong
-    return Recipe.from_json(text) if is_recipe else Pattern.from_json(text)
 
 
 @dataclass(frozen=True)

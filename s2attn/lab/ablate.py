@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,13 @@ from typing import Any
 from s2attn.core import bad_value
 from s2attn.lab.ablate_match import Matched
 from s2attn.lab.ablate_settings import AblateSettings, Record, Scored
-from s2attn.lab.data import Corpus, read_corpus, train_batch
-from s2attn.lab.demo import Show
+from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Stretch, learn, score_task, task_named
-from s2attn.lab.train import Run, byte_loss, train_in_turn
+from s2attn.lab.train import Run, train_in_turn
+from s2attn.lab.training.files import write_file
 
 
 class OutOfTime(Exception):
@@ -143,11 +143,9 @@ def finished(settings: AblateSettings, recipes: Sequence[Matched], out: Path) ->
 
 
 def write_json(values: Any, path: Path) -> Path:
-    """Write a JSON file that is whole or not there: under another name first."""
+    """Write a JSON file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_file(path, json.dumps(values, indent=1) + "\n")
     return path
 
 
@@ -173,6 +171,11 @@ def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus
     return record
 
 
+def _feed(settings: AblateSettings, corpus: Corpus, seed: int) -> Windows:
+    text = settings.text
+    return Windows(corpus.train, corpus.validation, text.batch, text.context, seed, text.eval_windows)
+
+
 def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, around: Surroundings) -> Record:
     show, watch = around.show, around.watch
     run = Run("text", LanguageModel(config, seed=seed), replace(settings.text, seed=seed))
@@ -183,7 +186,7 @@ def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus
             show.advance(f"loss {entry['loss']:.2f}")
 
     show.begin(settings.text.steps, "steps of text")
-    train_in_turn([run], corpus.train, corpus.validation, log)
+    train_in_turn([run], _feed(settings, corpus, seed), log)
     show.end()
     curve = [[entry["step"], entry["validation_loss"]] for entry in run.history if "validation_loss" in entry]
     found = {**run.summary(), "validation": curve}
@@ -198,7 +201,7 @@ def _learn_tasks(tasks: Scored, config: ModelConfig, seed: int, around: Surround
 
     def log(entry: Record) -> None:
         watch.check()
-        show.advance(f"{entry['task']} at {entry['length']}: {100 * entry['right']:.0f} % of the answer tokens")
+        show.advance(f"{entry['task']} at {entry['length']}: loss {entry['loss']:.2f}")
 
     show.begin(tasks.train.steps, "steps of tasks")
     learn(run, kinds, tasks.curriculum, log)
@@ -222,11 +225,11 @@ def memory_of(settings: AblateSettings, config: ModelConfig, seed: int, corpus: 
         ``step_bytes``: of forward and backward, None where nobody measures. ``cache_bytes``: keys and values of one sequence of the text's
         length that a server keeps (None where that cannot be known), and ``dense_cache_bytes`` all of them.
     """
-    model = LanguageModel(config, seed=seed)
-    inputs, targets = train_batch(corpus.train, 0, batch=settings.text.batch, context=settings.text.context, seed=seed)
+    run = Run("memory", LanguageModel(config, seed=seed), settings.text)
+    batch = _feed(settings, corpus, seed).train(0)
 
     def step() -> None:
-        byte_loss(model(inputs), targets).backward()
+        run.loss(batch).backward()
 
     # The first one also builds layouts and gradients, which stay.
     step()

@@ -57,8 +57,8 @@ def read_by(model: LanguageModel, text: Tensor, *, windows: int, seqlen: int) ->
     """q, k, v of every layer for some evenly spaced pieces of ``text``: ``[layer][piece]``.
 
     Args:
-        text: bytes as uint8.
-        windows, seqlen: pieces, and bytes of each.
+        text: bytes or tokens, integers ``(total,)``.
+        windows, seqlen: pieces, and tokens of each.
 
     Raises:
         ValueError: a text that is not longer than a piece.

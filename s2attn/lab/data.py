@@ -7,7 +7,9 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -88,6 +90,67 @@ def read_corpus(root: Path | None = None, *, percent: int = 5, max_files: int | 
     return Corpus(train, validation, train_files, validation_files)
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step reads.
+
+    Attributes:
+        inputs, targets: int64 ``(B, T)``; the targets are the tokens that follow.
+        cu_seqlens: int32 ``(documents + 1,)``, cumulative lengths of the documents that lie packed in the rows, one row behind the other;
+            None where a row is one text.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        packed = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), packed)
+
+
+class Feed(Protocol):
+    """The data of a run: what each step reads, which depends on its number alone, and what it is judged on, always the same."""
+
+    def train(self, step: int) -> Batch: ...
+
+    def validation(self) -> list[Batch]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Pieces of a text of bytes at random places, and evenly spaced pieces of another to judge on.
+
+    Attributes:
+        text, unseen: uint8 ``(total,)``; the second is for validation.
+        windows: pieces to judge on.
+    """
+
+    text: Tensor
+    unseen: Tensor
+    batch: int
+    context: int
+    seed: int = 0
+    windows: int = 12
+
+    def train(self, step: int) -> Batch:
+        return Batch(*train_batch(self.text, step, batch=self.batch, context=self.context, seed=self.seed))
+
+    def validation(self) -> list[Batch]:
+        return [Batch(*pair) for pair in validation_batches(self.unseen, windows=self.windows, context=self.context)]
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """A generator of its own for each pair of numbers.
+
+    >>> len({torch.rand(1, generator=generator_of(*pair)).item() for pair in ((0, 0), (0, 1), (1, 0), (1, 1))})
+    4
+    """
+    # Both are mixed into 32 bits, because torch's generator on the CPU looks at no more of its seed.
+    state = numpy.random.SeedSequence((check_int("seed", seed, 0), check_int("number", number, 0))).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
 def train_batch(text: Tensor, step: int, *, batch: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
     """Bytes and the bytes that follow, both int64 ``(batch, context)``, at random places that depend on ``seed`` and ``step`` alone.
 
@@ -96,8 +159,7 @@ def train_batch(text: Tensor, step: int, *, batch: int, context: int, seed: int)
     check_int("step", step, 0)
     if text.numel() <= context:
         raise bad_value("text", f"must be longer than the context of {context} bytes", text.numel())
-    generator = torch.Generator().manual_seed((seed << 32) ^ step)
-    starts = torch.randint(text.numel() - context, (batch,), generator=generator)
+    starts = torch.randint(text.numel() - context, (batch,), generator=generator_of(seed, step))
     rows = text[starts[:, None] + torch.arange(context + 1)].long()
     return rows[:, :-1], rows[:, 1:]
 

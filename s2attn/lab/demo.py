@@ -7,23 +7,22 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from s2attn.cache import SparseCache
 from s2attn.core import bad_value
-from s2attn.lab.data import Corpus, read_corpus
+from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
 from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.progress import Metrics, Record, Show
 from s2attn.lab.train import Run, TrainConfig, load_model, train_in_turn
 from s2attn.nn.sampling import Sampling
 from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
 
-Record = dict[str, Any]
 FEWEST_STEPS, MOST_STEPS = 30, 400
 LOGIT_TOLERANCE = 1e-4
 """Logits with and without a cache may differ by rounding only: so much of the largest logit, in float32."""
@@ -33,20 +32,6 @@ PREFILL_CHUNK = 128
 MODEL = ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
 DENSE, SPARSE = Recipe(Dense()), Recipe(Local(2) | Stride(4), dense_layers=[0])
 TRAIN = TrainConfig(steps=300, batch=1)
-
-
-class Show(Protocol):
-    """Where the demo reports to while it runs; the command line draws it, tests stay silent."""
-
-    def stage(self, title: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def begin(self, total: int, unit: str) -> None: ...
-
-    def advance(self, text: str = "") -> None: ...
-
-    def end(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -118,23 +103,6 @@ class DemoSettings:
         }
 
 
-@dataclass
-class Metrics:
-    """Every event of a run as one line of JSON."""
-
-    path: Path
-    entries: list[Record] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("", encoding="utf-8")
-
-    def write(self, entry: Record) -> None:
-        self.entries.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
 def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Callable[[DemoSettings, Show], Record]) -> Record:
     """Run the whole demo and write ``metrics.jsonl``, ``results.json`` and a checkpoint folder under ``out``.
 
@@ -199,12 +167,19 @@ def new_runs(settings: DemoSettings) -> list[Run]:
     return [Run(name, model, settings.train) for name, model in models.items()]
 
 
+def feed_of(settings: DemoSettings, corpus: Corpus) -> Windows:
+    """What the runs read."""
+    train = settings.train
+    return Windows(corpus.train, corpus.validation, train.batch, train.context, train.seed, train.eval_windows)
+
+
 def fit_steps(settings: DemoSettings, corpus: Corpus) -> DemoSettings:
     """As many steps as fit into ``settings.train_seconds`` on this machine, from a trial of a few steps that is thrown away."""
     if settings.train_seconds is None:
         return settings
     trial = new_runs(settings)
-    pairs = [sum(run.advance(corpus.train)["seconds"] for run in trial) for _ in range(4)]
+    feed = feed_of(settings, corpus)
+    pairs = [sum(run.advance(feed)["seconds"] for run in trial) for _ in range(4)]
     # Six validations cost about as much as thirty steps.
     steps = int(settings.train_seconds / min(pairs)) - 30
     return settings.with_steps(max(FEWEST_STEPS, min(MOST_STEPS, steps)))
@@ -225,7 +200,7 @@ def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metr
             show.note(f"step {entry['step']:>4}   validation loss   dense {before:.3f}   S2 {entry['validation_loss']:.3f}")
 
     show.begin(settings.train.steps * len(runs), "steps")
-    train_in_turn(runs, corpus.train, corpus.validation, log, seconds=math.inf if seconds is None else 1.2 * seconds)
+    train_in_turn(runs, feed_of(settings, corpus), log, seconds=math.inf if seconds is None else 1.2 * seconds)
     show.end()
     return runs
 

@@ -1,4 +1,4 @@
-"""A small causal language model over bytes: RMSNorm, rotary positions, grouped queries, SwiGLU, and a pattern per layer."""
+"""A small causal language model over bytes or tokens: RMSNorm, rotary positions, grouped queries, SwiGLU, and a pattern per layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from s2attn.core import bad_value, check_int
 from s2attn.lab.data import VOCABULARY
@@ -19,7 +20,7 @@ from s2attn.patterns import Dense, Recipe
 class ModelConfig:
     """Shape of a model and the recipe of its layers; goes to and from JSON.
 
-    ``look_back`` says how many bytes before a byte are added to its embedding: small models of bytes learn much faster so.
+    ``look_back`` says how many tokens before a token are added to its embedding: small models of bytes learn much faster so.
     ``rope_factor`` divides positions before they are rotated (position interpolation, arXiv:2306.15595).
 
     >>> config = ModelConfig(layers=2)
@@ -76,12 +77,17 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(query, config.width, bias=False)
         self.attend = SparseAttention(config.recipe.pattern(layer), config.heads, config.kv_heads, layer=layer)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
         config = self.config
         qkv = self.project_in(x).unflatten(-1, (config.heads + 2 * config.kv_heads, config.head_dim))
         q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.project_out(self.attend(q, k, v).flatten(2))
+        if cu_seqlens is None:
+            seen = self.attend(q, k, v)
+        else:
+            flat = (part.flatten(0, 1) for part in (q, k, v))
+            seen = self.attend(*flat, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens).unflatten(0, x.shape[:2])
+        return self.project_out(seen.flatten(2))
 
 
 class Block(nn.Module):
@@ -95,21 +101,25 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), rotation)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), rotation, cu_seqlens)
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class LanguageModel(nn.Module):
-    """Bytes to logits; inside a step of a `s2attn.SparseCache` they go on where the cache ends.
+    """Tokens to logits; inside a step of a `s2attn.SparseCache` they go on where the cache ends.
 
     Two models with the same seed and shape start with the same weights, whatever their recipes.
+
+    Attributes:
+        recompute: run each block again in the backward pass instead of keeping what is inside it (gradient checkpointing).
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0):
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.earlier = nn.ModuleList(nn.Embedding(config.vocabulary, config.width) for _ in range(config.look_back))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -129,22 +139,48 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``."""
-        rotation = rotations(positions(tokens), self.config.head_dim, self.config.rope_base, self.config.rope_factor)
-        x = self.embed(tokens)
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits ``(B, T, vocabulary)`` for int64 ``tokens`` ``(B, T)``.
+
+        Args:
+            cu_seqlens: int32 ``(documents + 1,)``, cumulative lengths of documents that lie packed in the rows, row behind row; no
+                document then sees anything of another, and its positions begin at 0.
+        """
+        place = positions(tokens) if cu_seqlens is None else packed_positions(tokens, cu_seqlens)
+        rotation = rotations(place, self.config.head_dim, self.config.rope_base, self.config.rope_factor)
+        x = self.embed(tokens, None if cu_seqlens is None else place)
         for block in self.blocks:
-            x = block(x, rotation)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, cu_seqlens, use_reentrant=False)
+            else:
+                x = block(x, rotation, cu_seqlens)
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The embeddings of each byte and of the ``look_back`` bytes before it, added; zero bytes stand before the first."""
+    def embed(self, tokens: Tensor, place: Tensor | None = None) -> Tensor:
+        """The embeddings of each token and of the ``look_back`` tokens before it, added; zeros stand before the first of a sequence.
+
+        Args:
+            place: int64 ``(B, T)``, the positions in their documents, for packed rows.
+        """
         back = self.config.look_back
-        known = look_back(tokens, back)
+        rows = tokens if place is None else tokens.reshape(1, -1)
+        known = look_back(rows, back)
         x = self.embedding(tokens)
         for distance, earlier in enumerate(self.earlier, start=1):
-            x = x + earlier(known[:, back - distance : known.shape[1] - distance])
+            before = known[:, back - distance : known.shape[1] - distance].reshape(tokens.shape)
+            x = x + earlier(before if place is None else before.where(place >= distance, 0))
         return x
+
+
+def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The position of each token in its own document, int64 ``(B, T)``; arguments as in :meth:`LanguageModel.forward`.
+
+    >>> packed_positions(torch.zeros(2, 4), torch.tensor([0, 3, 4, 8])).tolist()
+    [[0, 1, 2, 0], [0, 1, 2, 3]]
+    """
+    flat = torch.arange(tokens.numel(), device=tokens.device)
+    starts = cu_seqlens.long()
+    return (flat - starts[torch.searchsorted(starts, flat, right=True) - 1]).view(tokens.shape)
 
 
 def rotations(place: Tensor, head_dim: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -155,7 +191,7 @@ def rotations(place: Tensor, head_dim: int, base: float, factor: float = 1.0) ->
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the two halves of every head of ``x`` ``(B, T, heads, head_dim)`` by the angles of its position."""
+    """Turn the two halves of every head of ``x`` ``(B, T, heads, head_dim)`` by the angles of its position, in float32."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Training of small models side by side: same data in the same order, steps taken in turn so that their times compare."""
+"""Training of small models, alone or side by side: same data in the same order, steps taken in turn so that their times compare."""
 
 from __future__ import annotations
 
@@ -14,17 +14,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from s2attn.core import bad_value, check_int
-from s2attn.lab.data import train_batch, validation_batches
+from s2attn.lab.data import Batch, Feed
 from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.training.files import write_file
+from s2attn.lab.training.place import ALONE, Place
 
 Log = Callable[[dict[str, Any]], None]
+VERSIONS = 16
+"""Compiled forms that a block may have at most: for training and judging, for rows and lists of documents of other lengths."""
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and on what to train; the learning rate warms up linearly and then falls along a cosine to a tenth."""
+    """How long and how to train; the learning rate warms up linearly and then falls along a cosine to a tenth.
+
+    Attributes:
+        batch: rows of a step, over all processes.
+        context: tokens of a row.
+        precision: "float32", or "bfloat16": autocast over weights that stay float32.
+        compile: compile each block; ``compile_backend`` is torch's name of who does it.
+        recompute: run each block again in the backward pass instead of keeping what is inside it (gradient checkpointing).
+    """
 
     steps: int = 150
     batch: int = 2
@@ -36,6 +51,10 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 50
     eval_windows: int = 12
+    precision: str = "float32"
+    compile: bool = False
+    compile_backend: str = "inductor"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "eval_every", "eval_windows"):
@@ -43,6 +62,12 @@ class TrainConfig:
         check_int("warmup", self.warmup, 0)
         if not self.learning_rate > 0:
             raise bad_value("learning_rate", "must be positive", self.learning_rate)
+        if not self.clip > 0:
+            raise bad_value("clip", "must be positive", self.clip)
+        if not self.weight_decay >= 0:
+            raise bad_value("weight_decay", "must not be negative", self.weight_decay)
+        if self.precision not in PRECISIONS:
+            raise bad_value("precision", f"must be one of {', '.join(PRECISIONS)}", repr(self.precision))
 
     def rate(self, step: int) -> float:
         """The learning rate of the step of this number.
@@ -62,7 +87,9 @@ class Run:
     """One model in training: what it needs to go on, and what it has seen.
 
     Attributes:
-        history: one dict per step, ``{"step", "loss", "seconds"}``, and per evaluation, ``{"step", "validation_loss"}``; nats per byte.
+        place: the device, and the processes that share the work; the model is moved there.
+        history: one dict per step, ``{"step", "loss", "seconds", "rate", "gradient_norm"}``, and per evaluation,
+            ``{"step", "validation_loss"}``; nats per token.
     """
 
     name: str
@@ -70,33 +97,56 @@ class Run:
     config: TrainConfig
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    place: Place = ALONE
 
     def __post_init__(self) -> None:
+        if self.config.batch % self.place.ranks:
+            raise bad_value("batch", f"must be a multiple of the processes ({self.place.ranks})", self.config.batch)
+        self.model.recompute = self.config.recompute
+        if self.config.compile:
+            compile_blocks(self.model, self.config.compile_backend)
+        self.place.spread(self.model, self.model.blocks)
         matrices = [weight for weight in self.model.parameters() if weight.dim() >= 2]
         vectors = [weight for weight in self.model.parameters() if weight.dim() < 2]
         groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True)
 
-    def advance(self, text: Tensor) -> dict[str, Any]:
-        """Take one step on ``text`` (uint8) and return its entry of the history."""
+    def advance(self, feed: Feed) -> dict[str, Any]:
+        """Take one step and return its entry of the history."""
         config = self.config
-        inputs, targets = train_batch(text, self.step, batch=config.batch, context=config.context, seed=config.seed)
+        batch = feed.train(self.step).to(self.place.device)
         began = time.perf_counter()
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(self.step)
-        loss = byte_loss(self.model(inputs), targets)
+        loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
+        mean = self.place.total(loss.item())[0] / self.place.ranks
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.step += 1
-        return self._note({"step": self.step, "loss": loss.item(), "seconds": time.perf_counter() - began})
+        spent = {"seconds": time.perf_counter() - began, "rate": config.rate(self.step - 1), "gradient_norm": norm.item()}
+        return self._note({"step": self.step, "loss": mean, **spent})
 
-    def evaluate(self, text: Tensor) -> dict[str, Any]:
-        """Mean loss over evenly spaced windows of ``text``."""
-        loss = validation_loss(self.model, text, windows=self.config.eval_windows, context=self.config.context)
-        return self._note({"step": self.step, "validation_loss": loss})
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats per token, in the precision of the configuration."""
+        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            logits = self.model(batch.inputs, batch.cu_seqlens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+
+    @torch.no_grad()
+    def evaluate(self, feed: Feed) -> dict[str, Any]:
+        """Mean loss over what the feed keeps back."""
+        self.model.eval()
+        batches, place = feed.validation(), self.place
+        total = 0.0
+        for first in range(0, len(batches), place.ranks):
+            mine = first + place.rank  # sharded weights need every process in every turn, whether or not its batch counts
+            loss = self.loss(batches[min(mine, len(batches) - 1)].to(place.device)).item()
+            total += loss if mine < len(batches) else 0.0
+        return self._note({"step": self.step, "validation_loss": place.total(total)[0] / len(batches)})
 
     def _note(self, entry: dict[str, Any]) -> dict[str, Any]:
         self.history.append(entry)
@@ -119,41 +169,92 @@ class Run:
             "train_seconds": sum(seconds),
         }
 
+    def state(self, **more: Any) -> RunState:
+        """Everything that :meth:`resume` needs, put together from all processes, each of which must call it.
+
+        Args:
+            more: plain values that shall be kept too.
+        """
+        weights, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        generators = self.place.gather(random_state(self.place.device))
+        state = {"step": self.step, "history": self.history, "optimizer": optimizer, "generators": generators, **more}
+        return RunState(self.model.config, weights, state)
+
     def save(self, folder: Path) -> None:
-        """Write ``config.json`` (with the recipe), ``weights.pt``, and ``training.pt`` from which :meth:`resume` goes on."""
-        save_model(self.model, folder)
-        torch.save({"step": self.step, "history": self.history, "optimizer": self.optimizer.state_dict()}, folder / "training.pt")
+        """Write ``config.json`` (with the recipe), ``weights.pt``, and ``training.pt``, from which :meth:`resume` goes on."""
+        state = self.state()
+        self.place.first_does(lambda: state.write(folder))
 
     @classmethod
-    def resume(cls, folder: Path, name: str, config: TrainConfig) -> Run:
+    def resume(cls, folder: Path, name: str, config: TrainConfig, place: Place = ALONE) -> Run:
         """The run that :meth:`save` wrote; it continues as if it had never stopped."""
-        run = cls(name, load_model(folder), config)
-        state = torch.load(folder / "training.pt", weights_only=True)
-        run.optimizer.load_state_dict(state["optimizer"])
+        run = cls(name, load_model(folder), config, place=place)
+        state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
+        weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
+        options = StateDictOptions(full_state_dict=True)
+        set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"], options=options)
         run.step, run.history = state["step"], state["history"]
+        if len(state["generators"]) == place.ranks:
+            set_random_state(place.device, state["generators"][place.rank])
         return run
 
 
-def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per byte; logits ``(B, T, vocabulary)``, targets int64 ``(B, T)``."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def compile_blocks(model: LanguageModel, backend: str) -> None:
+    """Compile each block of a model: its forward alone, so that what FSDP hangs around a block stays outside."""
+    settings: Any = torch._dynamo.config
+    # Blocks differ in their patterns, and all of them count as versions of one function, each for training and for judging.
+    settings.recompile_limit = max(settings.recompile_limit, VERSIONS * len(model.blocks))
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, VERSIONS * len(model.blocks))
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
-@torch.no_grad()
-def validation_loss(model: LanguageModel, text: Tensor, *, windows: int, context: int) -> float:
-    """Mean loss of ``model`` in nats per byte over ``windows`` evenly spaced pieces of ``text``."""
-    model.eval()
-    losses = [byte_loss(model(inputs), targets).item() for inputs, targets in validation_batches(text, windows=windows, context=context)]
-    return sum(losses) / len(losses)
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """A run as it is written to the disk.
+
+    Attributes:
+        weights: of the model, by name.
+        training: step, history, the optimizer's tensors by the names of the weights, and the states of torch's generators.
+    """
+
+    config: ModelConfig
+    weights: dict[str, Any]
+    training: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write ``config.json``, ``weights.pt`` and ``training.pt``.
+
+        Raises:
+            OSError: a file could not be written; what stood there before is as it was.
+        """
+        write_model(self.config, self.weights, folder)
+        write_file(folder / "training.pt", self.training)
 
 
-def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: Log, *, seconds: float = math.inf) -> None:
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators, on the CPU and on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Set what :func:`random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def train_in_turn(
+    runs: Sequence[Run], feed: Feed, log: Log, *, seconds: float = math.inf, after: Callable[[], None] = lambda: None
+) -> None:
     """Train all ``runs`` to their end, a step of each in turn; ``log`` gets every entry of every history, with the run's name.
 
     Who goes first changes every step, so that no run has the warm caches of the other for itself.
 
     Args:
         seconds: whenever the planned steps turn out not to fit into them, the end of all runs is brought forward.
+        after: called when all runs have taken a step, and have been judged where it is time for that.
     """
     began, config = time.perf_counter(), runs[0].config
     planned = config.steps
@@ -166,10 +267,11 @@ def train_in_turn(runs: Sequence[Run], train: Tensor, validation: Tensor, log: L
         order = list(runs) if now % 2 == 0 else list(reversed(runs))
         for run in order:
             if run.step == now:
-                log({"run": run.name, **run.advance(train)})
+                log({"run": run.name, **run.advance(feed)})
         if (now + 1) % config.eval_every == 0 or now + 1 == config.steps:
             for run in runs:
-                log({"run": run.name, **run.evaluate(validation)})
+                log({"run": run.name, **run.evaluate(feed)})
+        after()
 
 
 def steps_that_fit(runs: Sequence[Run], planned: int, left: float) -> int:
@@ -181,9 +283,14 @@ def steps_that_fit(runs: Sequence[Run], planned: int, left: float) -> int:
 
 def save_model(model: LanguageModel, folder: Path) -> None:
     """Write ``config.json``, which holds the recipe, and ``weights.pt`` into ``folder``."""
+    write_model(model.config, model.state_dict(), folder)
+
+
+def write_model(config: ModelConfig, weights: dict[str, Any], folder: Path) -> None:
+    """Write what :func:`load_model` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(model.config.to_json() + "\n", encoding="utf-8")
-    torch.save(model.state_dict(), folder / "weights.pt")
+    write_file(folder / "config.json", config.to_json() + "\n")
+    write_file(folder / "weights.pt", weights)
 
 
 def load_model(folder: Path) -> LanguageModel:

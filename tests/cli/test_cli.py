@@ -13,8 +13,7 @@ from typer.testing import CliRunner, Result
 import s2attn
 from s2attn import cli
 from s2attn.cli.app import app
-from s2attn.cli.demo import Screen
-from s2attn.cli.screen import console
+from s2attn.cli.screen import Screen, console
 
 
 def run(*words: str) -> Result:

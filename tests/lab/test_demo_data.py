@@ -69,9 +69,9 @@ def test_batches_follow_seed_and_step_alone() -> None:
     first = train_batch(text, 3, batch=2, context=64, seed=1)
     torch.manual_seed(99)
     again = train_batch(text, 3, batch=2, context=64, seed=1)
-    other = train_batch(text, 4, batch=2, context=64, seed=1)
+    other, another = train_batch(text, 4, batch=2, context=64, seed=1), train_batch(text, 3, batch=2, context=64, seed=2)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[0], another[0])
     assert first[0].shape == first[1].shape == (2, 64) and first[0].dtype == torch.int64
     assert torch.equal(first[0][:, 1:], first[1][:, :-1])
 

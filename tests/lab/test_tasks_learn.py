@@ -14,6 +14,7 @@ from s2attn import Dense, Local, Recipe
 from s2attn.lab.generate import generate
 from s2attn.lab.model import LanguageModel, ModelConfig, rotations
 from s2attn.lab.tasks import Copy, Curriculum, Passkey, Recall, Scores, Stretch, heat_map, learn, right_answers, score_task, stretched
+from s2attn.lab.tasks.learn import IGNORED, Questions
 from s2attn.lab.tasks.rope import stretched_config
 from s2attn.lab.train import Run, TrainConfig
 from s2attn.nn.sampling import Sampling
@@ -84,6 +85,15 @@ def test_only_the_answer_teaches() -> None:
     assert entries[0]["loss"] == pytest.approx(-chances.gather(1, answers[:, None]).mean().item(), rel=1e-5)
     assert entries[0]["loss"] == pytest.approx(math.log(256), rel=0.2)
     assert (entries[0]["task"], entries[0]["length"]) == ("passkey", 32)
+    assert run.history == entries
+
+
+def test_a_run_on_tasks_is_judged_on_questions_that_no_step_asks() -> None:
+    feed = Questions((TASK, Recall(pairs=2, queries=1)), LENGTHS, steps=4)
+    (first, second) = feed.validation()
+    assert first.inputs.shape == second.inputs.shape == (4, 64)
+    assert all(not torch.equal(first.inputs, feed.train(step).inputs) for step in range(4))
+    assert int((first.targets != IGNORED).sum()) == 4 and int((second.targets != IGNORED).sum()) == 8
 
 
 def test_an_exact_answer_is_what_greedy_decoding_writes(near: Run) -> None:

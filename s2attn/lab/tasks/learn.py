@@ -1,20 +1,19 @@
-"""Learning tasks along a curriculum of lengths, with the lab's own optimizer and schedule; every step reads equally many tokens."""
+"""Learning tasks along a curriculum of lengths, by the training loop of the lab; every step reads equally many tokens."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from s2attn.core import bad_value, check_int
+from s2attn.lab.data import Batch, Feed
 from s2attn.lab.tasks.base import Task, TaskBatch
 from s2attn.lab.train import Run
 
 Log = Callable[[dict[str, Any]], None]
+IGNORED = -100
+"""The target that `torch.nn.functional.cross_entropy` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,37 @@ class Curriculum:
         return tasks[step % len(tasks)].batch(length, self.count(length), seed=(seed, step))
 
 
+@dataclass(frozen=True, eq=False)
+class Questions(Feed):
+    """The data of a run that learns tasks: what is not an answer has the target `IGNORED`, which no loss counts.
+
+    Attributes:
+        steps: of the run, which the curriculum divides among its lengths.
+    """
+
+    tasks: Sequence[Task]
+    curriculum: Curriculum
+    steps: int
+    seed: int = 0
+
+    def train(self, step: int) -> Batch:
+        return _only_answers(self.curriculum.batch(self.tasks, step, steps=self.steps, seed=self.seed))
+
+    def validation(self) -> list[Batch]:
+        """A batch of every task at the last length; no step of the run asks these."""
+        later = range(self.steps, self.steps + len(self.tasks))
+        return [_only_answers(self.curriculum.batch(self.tasks, step, steps=self.steps, seed=self.seed)) for step in later]
+
+
+def _only_answers(batch: TaskBatch) -> Batch:
+    return Batch(batch.inputs.contiguous(), batch.targets.where(batch.loss_mask, IGNORED))
+
+
 def learn(run: Run, tasks: Sequence[Task], curriculum: Curriculum, log: Log = lambda entry: None) -> None:
     """Train ``run`` on the answers of ``tasks`` until its last step; a run that was saved on the way goes on from there.
 
     Args:
-        log: gets the entry of every step: ``{"step", "loss", "right", "task", "length", "seconds"}``, loss in nats per answer token and
-            ``right`` the share of answer tokens that the model held likeliest.
+        log: gets the entry of every step, that of `Run.advance` with ``"task"`` and ``"length"``; its loss is in nats per answer token.
 
     Raises:
         ValueError: no task, or one that does not fit into the first length.
@@ -80,26 +104,9 @@ def learn(run: Run, tasks: Sequence[Task], curriculum: Curriculum, log: Log = la
     for task in tasks:
         if task.shortest > curriculum.start:
             raise bad_value("Curriculum start", f"must be at least {task.shortest} for {task.name}", curriculum.start)
+    feed = Questions(tuple(tasks), curriculum, run.config.steps, run.config.seed)
     while run.step < run.config.steps:
         number = run.step
-        batch = curriculum.batch(tasks, number, steps=run.config.steps, seed=run.config.seed)
-        entry = {**_step(run, batch), "task": tasks[number % len(tasks)].name, "length": batch.inputs.shape[1]}
-        run.history.append(entry)
+        entry = run.advance(feed)
+        entry.update(task=tasks[number % len(tasks)].name, length=curriculum.length(number, run.config.steps))
         log(entry)
-
-
-def _step(run: Run, batch: TaskBatch) -> dict[str, Any]:
-    began = time.perf_counter()
-    run.model.train()
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.config.rate(run.step)
-    asked = batch.loss_mask
-    logits, answers = run.model(batch.inputs)[asked].float(), batch.targets[asked]
-    loss = F.cross_entropy(logits, answers)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
-    run.optimizer.step()
-    run.step += 1
-    right = (logits.argmax(-1) == answers).float().mean().item()
-    return {"step": run.step, "loss": loss.item(), "right": right, "seconds": time.perf_counter() - began}

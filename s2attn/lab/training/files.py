@@ -1,0 +1,101 @@
+"""Files that are whole or not there: what is written appears under its name only when all of it is on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedWriter, FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PARTIAL = ".partial"
+
+
+def write_file(path: Path, content: str | dict[str, Any]) -> None:
+    """Write text, or a dict with `torch.save`; what stood there before stays until the new file is complete.
+
+    Raises:
+        OSError: the disk is full, or may not be written to.
+    """
+    beside = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with _Watched(FileIO(beside, "w")) as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                _dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written and is as it was: {error.strerror}") from error
+
+
+class _Watched(BufferedWriter):
+    """A file that remembers why it could not be written."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _dump(content: dict[str, Any], file: _Watched) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch's writer hides the reason for which it could not write
+        if file.error is None:
+            raise
+        raise file.error from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that gets its name when it is complete; when something fails it goes away, and nothing has changed.
+
+    Args:
+        folder: must not exist.
+
+    Raises:
+        OSError: from whatever fills it, or because the name is taken.
+    """
+    beside = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        _settle(beside)
+        beside.rename(folder)
+        _settle(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _settle(folder: Path) -> None:
+    """Ask the disk to remember which files a folder holds."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half written in ``folder``."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
