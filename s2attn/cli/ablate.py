@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from s2attn.bench.clock import peak_bytes
@@ -60,12 +61,21 @@ def without(lines: list[list[str]], *names: str) -> list[list[str]]:
     return [[line[i] for i in kept] for line in lines]
 
 
+def gauge_of(device: str) -> Gauge:
+    """What measures this machine's memory, or that of its graphics card."""
+    if device == "cpu":
+        return Gauge(peak_bytes, host_facts)
+    from s2attn.bench.cuda import CudaMeter
+
+    return Gauge(CudaMeter().peak_bytes, partial(host_facts, device))
+
+
 def show_ablation(settings: AblateSettings, out: Path, *, limit: float | None) -> None:
     """Run what is open of an ablation, write its report, and print the table."""
     screen = console()
     if settings.is_tiny:
         screen.print("[yellow]Tiny sizes: this shows that everything works, and none of its numbers means anything.[/yellow]")
-    outcome = run_ablation(settings, out, Screen(screen), Gauge(peak_bytes, host_facts), limit)
+    outcome = run_ablation(settings, out, Screen(screen), gauge_of(settings.device), limit)
     command = " ".join(["s2attn", *sys.argv[1:]]) if sys.argv[1:2] == ["ablate"] else "s2attn ablate"
     page = write_report(outcome, out, command)
     if outcome.runs:

@@ -108,14 +108,18 @@ def ablate(
     task_steps: Annotated[int | None, typer.Option(help="Training steps on the tasks.")] = None,
     stretch: Annotated[str | None, typer.Option(help="Rotary scaling above the trained length: interpolation or ntk.")] = None,
     limit: Annotated[float | None, typer.Option(help="Seconds: begin no run that would not end in time.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, in training.")] = "float32",
     plan: Annotated[bool, typer.Option("--plan", help="Print the recipes with their pairs, and run nothing.")] = False,
 ) -> None:
     """Compare recipes at equal tokens and equal listed pairs, over several seeds: loss, long-context tasks, speed, memory."""
     with clear_errors():
+        from dataclasses import replace
+
         from s2attn.cli.ablate import settings_of, show_ablation, show_plan
 
         settings = settings_of(size, recipes=recipes, tasks=tasks, seeds=seeds, budget=budget, stretch=stretch)
-        settings = settings.with_steps(steps, task_steps)
+        settings = replace(settings.with_steps(steps, task_steps).with_precision(precision), device=device)
         if plan:
             show_plan(settings)
         else:

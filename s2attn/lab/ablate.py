@@ -20,6 +20,7 @@ from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Stretch, learn, score_task, task_named
 from s2attn.lab.train import Run, train_in_turn
 from s2attn.lab.training.files import write_file
+from s2attn.lab.training.place import Place, place_of
 
 
 class OutOfTime(Exception):
@@ -63,6 +64,16 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """Where a run reports to, what may stop it, what measures it, and where it takes place."""
+
+    show: Show
+    watch: Watch
+    gauge: Gauge
+    place: Place
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What an ablation left: the finished runs, those still open as (recipe, seed), and the recipes with their pairs."""
 
@@ -86,9 +97,16 @@ def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge =
         limit: seconds; no run begins that would take longer than is left, as judged by the finished ones.
 
     Raises:
-        ValueError: ``out`` holds runs of other settings.
+        ValueError: ``out`` holds runs of other settings, the device is not there, or several processes were started.
     """
-    watch, recipes = Watch(limit), settings.matched()
+    with place_of(settings.device) as place:
+        if place.ranks > 1:
+            raise bad_value("WORLD_SIZE", "must be 1: an ablation is one process", place.ranks)
+        return _run_open(settings, out, Surroundings(show, Watch(limit), gauge, place))
+
+
+def _run_open(settings: AblateSettings, out: Path, around: Surroundings) -> Outcome:
+    show, watch, recipes = around.show, around.watch, settings.matched()
     done = dict(finished(settings, recipes, out))
     outcome = Outcome(settings, recipes, done)
     if not outcome.open:
@@ -103,7 +121,7 @@ def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge =
             break
         show.stage(f"{name}, seed {seed} ({len(done) + 1} of {len(settings.recipes) * len(settings.seeds)})")
         try:
-            record = one_run(settings, by_name[name], seed, corpus, Surroundings(show, watch, gauge))
+            record = one_run(settings, by_name[name], seed, corpus, around)
         except OutOfTime:
             show.end()
             show.note("stopped in the midst of this run: the time is over; it will begin anew")
@@ -149,15 +167,6 @@ def write_json(values: Any, path: Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """Where a run reports to, what may stop it, and what measures it."""
-
-    show: Show
-    watch: Watch
-    gauge: Gauge
-
-
 def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus, around: Surroundings) -> Record:
     """Train a language model on text and another one on the tasks, from the same start; everything that is reported of them."""
     began = time.perf_counter()
@@ -165,7 +174,7 @@ def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus
     record: Record = {"name": recipe.name, "seed": seed, "made_with": settings.facts(), "recipe": json.loads(recipe.recipe.to_json())}
     record["host"] = around.gauge.host()
     record["text"] = _learn_text(settings, config, seed, corpus, around)
-    record["memory"] = memory_of(settings, config, seed, corpus, around.gauge)
+    record["memory"] = memory_of(settings, config, seed, corpus, around)
     record["tasks"] = _learn_tasks(settings.tasks, config, seed, around) if settings.tasks.names else None
     record["seconds"] = time.perf_counter() - began
     return record
@@ -178,7 +187,7 @@ def _feed(settings: AblateSettings, corpus: Corpus, seed: int) -> Windows:
 
 def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, around: Surroundings) -> Record:
     show, watch = around.show, around.watch
-    run = Run("text", LanguageModel(config, seed=seed), replace(settings.text, seed=seed))
+    run = Run("text", LanguageModel(config, seed=seed), replace(settings.text, seed=seed), place=around.place)
 
     def log(entry: Record) -> None:
         watch.check()
@@ -196,7 +205,7 @@ def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus
 
 def _learn_tasks(tasks: Scored, config: ModelConfig, seed: int, around: Surroundings) -> Record:
     show, watch = around.show, around.watch
-    run = Run("tasks", LanguageModel(config, seed=seed), replace(tasks.train, seed=seed))
+    run = Run("tasks", LanguageModel(config, seed=seed), replace(tasks.train, seed=seed), place=around.place)
     kinds = [task_named(name) for name in tasks.names]
 
     def log(entry: Record) -> None:
@@ -218,15 +227,15 @@ def _learn_tasks(tasks: Scored, config: ModelConfig, seed: int, around: Surround
     return {"scores": found, "losses": losses, "tokens": tasks.tokens}
 
 
-def memory_of(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, gauge: Gauge) -> Record:
+def memory_of(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, around: Surroundings) -> Record:
     """What a recipe costs in memory: by how much it rises in a training step, and the KV cache of a server after eviction.
 
     Returns:
         ``step_bytes``: of forward and backward, None where nobody measures. ``cache_bytes``: keys and values of one sequence of the text's
         length that a server keeps (None where that cannot be known), and ``dense_cache_bytes`` all of them.
     """
-    run = Run("memory", LanguageModel(config, seed=seed), settings.text)
-    batch = _feed(settings, corpus, seed).train(0)
+    run = Run("memory", LanguageModel(config, seed=seed), settings.text, place=around.place)
+    batch = _feed(settings, corpus, seed).train(0).to(around.place.device)
 
     def step() -> None:
         run.loss(batch).backward()
@@ -237,4 +246,4 @@ def memory_of(settings: AblateSettings, config: ModelConfig, seed: int, corpus: 
         config.recipe, config.heads, config.kv_heads, settings.text.context, layers=config.layers, head_dim=config.head_dim, dtype_bytes=4
     )
     cache = {"cache_bytes": report.cache_bytes, "dense_cache_bytes": report.dense_cache_bytes}
-    return {"step_bytes": gauge.peak_bytes(step), **cache}
+    return {"step_bytes": around.gauge.peak_bytes(step), **cache}

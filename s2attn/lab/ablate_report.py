@@ -171,7 +171,7 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
 def _head(outcome: Outcome, host: Sequence[Record]) -> str:
     settings = outcome.settings
     lines = ["# Ablation"]
-    machines = sorted({f"{one['processor']}, {one['cores']} cores, torch {one['torch']}, s2attn {one['s2attn']}." for one in host if one})
+    machines = sorted({_machine(one) for one in host if one})
     lines += [f"Machine: {one}" for one in machines]
     if len(machines) > 1:
         lines.append("**The runs come from several machines or versions: their speeds do not compare.**")
@@ -182,6 +182,11 @@ def _head(outcome: Outcome, host: Sequence[Record]) -> str:
         many = f"{len(outcome.open)} of {len(settings.recipes) * len(settings.seeds)}"
         lines.append(f"**Not finished: {many} runs are open: {names}.** The same command goes on with them.")
     return "\n\n".join(lines)
+
+
+def _machine(facts: Record) -> str:
+    card = f"{facts['gpu']}, " if "gpu" in facts else ""
+    return f"{card}{facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, s2attn {facts['s2attn']}."
 
 
 def _equal(outcome: Outcome) -> str:

@@ -15,6 +15,7 @@ from s2attn.lab.train import TrainConfig
 
 Record = dict[str, Any]
 SIZES = ("tiny", "small")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class AblateSettings:
         block: tokens of the grid that patterns live on.
         seeds: of weights, data and tasks; a run of its own for each recipe and seed.
         max_files: read only so many files of text; None reads all.
+        device: "cpu" or "cuda", where models are trained and asked.
     """
 
     size: str
@@ -76,6 +78,7 @@ class AblateSettings:
     tolerance: float = 0.02
     block: int = 16
     max_files: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         known = designs(self.model.layers)
@@ -89,6 +92,8 @@ class AblateSettings:
                 raise bad_value(name, "must not repeat", getattr(self, name))
         for seed in self.seeds:
             check_int("seeds", seed, 0)
+        if self.device not in DEVICES:
+            raise bad_value("device", f"must be one of {', '.join(DEVICES)}", repr(self.device))
 
     @classmethod
     def of(cls, size: str) -> AblateSettings:
@@ -127,6 +132,11 @@ class AblateSettings:
             steps = check_int("task steps", tasks, 1)
             made = replace(made, tasks=replace(made.tasks, train=replace(made.tasks.train, steps=steps, warmup=steps // 30)))
         return made
+
+    def with_precision(self, precision: str) -> AblateSettings:
+        """The same, trained in float32 or bfloat16; answers to the tasks are judged in float32 in any case."""
+        learning = replace(self.tasks.train, precision=precision)
+        return replace(self, text=replace(self.text, precision=precision), tasks=replace(self.tasks, train=learning))
 
     def facts(self) -> Record:
         """The settings that every run of a folder must share, as plain JSON values: all but the lists of recipes and seeds."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,6 +22,7 @@ from s2attn.lab.model import LanguageModel
 from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Scores
 from s2attn.lab.train import Run
+from s2attn.lab.training.place import Place
 
 TINY = replace(AblateSettings.of("tiny").with_steps(3, 2), recipes=("dense", "s2", "s2+1"))
 
@@ -202,6 +204,24 @@ def test_the_report_of_an_unfinished_ablation_names_what_is_open(whole: tuple[Ou
     assert line[:2] == ["s2", "60.1 %"] and "±" not in "".join(line) and line[4] == "-"
     none = replace(some, runs={})
     assert "## Results" not in write_report(none, tmp_path, "s2attn ablate").read_text()
+
+
+def test_precision_reaches_both_trainings(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
+    settings = replace(TINY, recipes=("s2",), seeds=(1,)).with_precision("bfloat16")
+    (half,) = run_ablation(settings, tmp_path, Silent()).runs.values()
+    full = whole[0].runs["s2", 1]
+    for a, b in ((half["text"]["validation"], full["text"]["validation"]), (half["tasks"]["losses"], full["tasks"]["losses"])):
+        assert a != b and [row[-1] for row in a] == pytest.approx([row[-1] for row in b], rel=0.02)
+
+
+def test_an_ablation_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def two(device: str) -> Iterator[Place]:
+        yield Place(rank=1, ranks=2)
+
+    monkeypatch.setattr(ablate, "place_of", two)
+    with pytest.raises(ValueError, match="WORLD_SIZE must be 1: an ablation is one process; got 2"):
+        run_ablation(TINY, tmp_path, Silent())
 
 
 def test_pairs_that_are_not_equal_are_marked(tmp_path: Path) -> None:

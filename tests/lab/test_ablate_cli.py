@@ -62,6 +62,8 @@ def test_options_change_the_settings_and_nothing_else() -> None:
         (["--budget", "1.5", "--plan"], "s2attn: budget must be above 0 and below 1; got 1.5"),
         (["--steps", "0"], "s2attn: steps must be an integer >= 1; got 0"),
         (["--stretch", "yarn"], "s2attn: Stretch method must be one of interpolation, ntk; got 'yarn'"),
+        (["--device", "tpu"], "s2attn: device must be one of cpu, cuda; got 'tpu'"),
+        (["--precision", "float8"], "s2attn: precision must be one of float32, bfloat16; got 'float8'"),
         (["--limit", "0"], "s2attn: limit must be a positive number of seconds; got 0.0"),
     ],
 )

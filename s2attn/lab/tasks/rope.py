@@ -37,4 +37,4 @@ def stretched(model: LanguageModel, factor: float, method: str = "ntk") -> Langu
     """A model with the same weights, copied, whose rotary positions reach ``factor`` times as far; see :func:`stretched_config`."""
     longer = LanguageModel(stretched_config(model.config, factor, method))
     longer.load_state_dict(model.state_dict())
-    return longer
+    return longer.to(model.embedding.weight.device)

@@ -76,8 +76,10 @@ def right_answers(model: nn.Module, batch: TaskBatch) -> Tensor:
     `Copy`, whose scored span is judged after a right beginning.
     """
     model.eval()
+    device = next((weight.device for weight in model.parameters()), batch.tokens.device)
     scored = batch.score_mask
-    right = (model(batch.inputs).argmax(-1) == batch.targets) & scored
+    said = model(batch.inputs.to(device)).argmax(-1).to(batch.tokens.device)
+    right = (said == batch.targets) & scored
     return right.sum(1) / scored.sum(1)
 
 
