@@ -109,8 +109,8 @@ class AblateSettings:
             tasks = Scored(("passkey", "recall"), learning, Curriculum(64, 128, 256), (64, 128), (0.0, 1.0), samples=2)
             return cls(size, TINY, learning, tasks, 0.6, tuple(designs(TINY.layers)), seeds=(0, 1), max_files=4)
         text = TrainConfig(steps=400, batch=1, context=1024, eval_every=50, eval_windows=16)
-        learning = TrainConfig(steps=900, warmup=30, weight_decay=0.01)
-        tasks = Scored(("passkey", "needle", "recall"), learning, Curriculum(128, 1024, 1024), (256, 512, 1024, 2048))
+        learning = TrainConfig(steps=1200, warmup=40, learning_rate=2e-3, weight_decay=0.01)
+        tasks = Scored(("passkey", "needle", "recall"), learning, Curriculum(64, 1024, 1024), (256, 512, 1024, 2048))
         return cls(size, SMALL, text, tasks, 0.3, tuple(designs(SMALL.layers)))
 
     @property
