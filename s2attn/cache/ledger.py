@@ -129,9 +129,7 @@ class Ledger:
         for sequence, _ in tokens:
             for layer in layers:
                 self.trim(sequence, layer)
-        needed = sum(self._needed(layer, tokens) for layer in layers)
-        if needed > len(self._free):
-            raise CacheFull(f"the cache is full: {needed} new pages are needed, {len(self._free)} of {self.num_pages} are free")
+        self._check_room({layer: self._needed(layer, tokens) for layer in layers})
         return [[self._extend(self._sequences[sequence], layer, count) for sequence, count in tokens] for layer in layers]
 
     def retract(self, layer: int, lengths: Sequence[tuple[int, int]]) -> None:
@@ -219,31 +217,45 @@ class Ledger:
         table = mine.table[layer]
         written = self._written(mine, layer, count)
         old = written[self.references[written] > 1]
-        copies = np.stack([old, self._take(len(old))], axis=1)
+        copies = np.stack([old, self._take(len(old), layer)], axis=1)
         if len(old):
             self.references[old] -= 1
             last = table[:, begin // self.page_size]
             last[np.isin(last, old)] = copies[:, 1]  # in the order of the heads, as _written gave them
         new = self._new_pages(mine, layer, count)
-        table[:, first:end][new] = self._take(int(new.sum()))
+        table[:, first:end][new] = self._take(int(new.sum()), layer)
         mine.lengths[layer] = begin + count
         token = np.arange(begin, begin + count)
         page = table[:, token // self.page_size].astype(np.int64).T
         slots = page * self.page_size + (token % self.page_size)[:, None]
         return Room(np.where(page == GONE, GONE, slots), copies)
 
-    def _take(self, count: int) -> Array:
-        at = len(self._free) - count
-        pages = np.array(self._free[at:][::-1], dtype=np.int32)
-        del self._free[at:]
-        self.references[pages] = 1
+    def _check_room(self, needed: Mapping[int, int]) -> None:
+        """Refuse so many new pages of each layer where there are fewer."""
+        total = sum(needed.values())
+        if total > len(self._free):
+            raise CacheFull(f"the cache is full: {total} new pages are needed, {len(self._free)} of {self.num_pages} are free")
+
+    def _take(self, count: int, layer: int) -> Array:
+        """Free pages for a layer, now of one owner each."""
+        pages = self._taken(self._free, count)
         self.most_pages = max(self.most_pages, self.used_pages)
+        return pages
+
+    def _taken(self, free: list[int], count: int) -> Array:
+        at = len(free) - count
+        pages = np.array(free[at:][::-1], dtype=np.int32)
+        del free[at:]
+        self.references[pages] = 1
         return pages
 
     def _release(self, pages: Array) -> None:
         pages = pages[pages != GONE]
         self.references[pages] -= 1
-        self._free.extend(pages[self.references[pages] == 0].tolist())
+        self._give_back(pages[self.references[pages] == 0].tolist())
+
+    def _give_back(self, pages: list[int]) -> None:
+        self._free.extend(pages)
 
     def _enter(self, sequence: _Sequence) -> int:
         number, self._next = self._next, self._next + 1

@@ -75,6 +75,11 @@ def pages_needed(
     query_heads = num_kv_heads if num_heads is None else num_heads
     everyone = heads or HeadRange(0, query_heads, query_heads, num_kv_heads)
     needs = page_needs(pattern, everyone, num_kv_heads, num_layers, tokens, page_size)
+    return most_pages(needs, tokens=tokens, chunk=chunk, page_size=page_size, hold=hold)
+
+
+def most_pages(needs: Array, *, tokens: int, chunk: int, page_size: int, hold: int = 0) -> int:
+    """The most pages that a sequence of so many tokens holds at a time, in steps of up to ``chunk``; ``needs`` of some layers."""
     # A step that begins at b holds the pages that begin before b + chunk and have a reader at b - hold or later.
     first = np.broadcast_to(np.maximum(np.arange(needs.shape[2]) * page_size - chunk + 1, 0), needs.shape)
     last = np.minimum(needs + hold, tokens - 1)

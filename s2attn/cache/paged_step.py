@@ -13,10 +13,7 @@ from s2attn.cache.checks import check_new, kept_pattern
 from s2attn.cache.needs import pattern_of
 from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.ops.attention import autocast
-from s2attn.ops.cascade import decode_cascade
-from s2attn.ops.decode import decode
 from s2attn.ops.step import LayerCall
-from s2attn.ops.store import store_kv
 from s2attn.patterns import Dense, Pattern
 
 if TYPE_CHECKING:
@@ -40,19 +37,17 @@ class PagedStep:
         self.starts = [len(text) for text in self.texts]
         rooms = cache.ledger.reserve_step(list(zip(sequences, self.counts, strict=True)))
         cache.copy_pages([room for layer in rooms for room in layer])
-        self._decode = decode_cascade if cascade else decode
+        self._cascade = cascade
         self._done = [False] * cache.num_layers
-        device = cache.k_pages.device
-        slots = [np.concatenate([room.slots.reshape(-1) for room in layer]) for layer in rooms]
-        self._slots = torch.from_numpy(np.stack(slots)).to(device)
-        self._tables = torch.from_numpy(np.stack([cache.table(sequences, layer) for layer in range(cache.num_layers)])).to(device)
+        self._slots = cache.numbers(np.stack([np.concatenate([room.slots.reshape(-1) for room in layer]) for layer in rooms]))
+        self._tables = cache.numbers(np.stack([cache.table(sequences, layer) for layer in range(cache.num_layers)]))
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        self._seq_lens = torch.tensor(ends, dtype=torch.int32, device=device)
+        self._seq_lens = cache.numbers(np.array(ends, dtype=np.int32))
         self._kept = self._cu = None
         if any(count != tokens.shape[1] for count in self.counts):
             real = torch.arange(tokens.shape[1]) < torch.tensor(self.counts)[:, None]
-            self._kept = real.flatten().nonzero()[:, 0].to(device)
-            self._cu = torch.tensor([0, *np.cumsum(self.counts).tolist()], dtype=torch.int32, device=device)
+            self._kept = real.flatten().nonzero()[:, 0].to(cache.pools[0].device)
+            self._cu = cache.numbers(np.array([0, *np.cumsum(self.counts)], dtype=np.int32))
 
     # what the modules of a model ask
 
@@ -78,14 +73,12 @@ class PagedStep:
         check_new(k, v, self.cache.pools, self.cache.num_kv_heads, axes=4)
         if self._kept is not None:
             q, k, v = (x.flatten(0, 1)[self._kept] for x in (q, k, v))
-        pages = self.cache.pools
-        store_kv(k.detach().reshape(-1, 1, k.shape[-1]), v.detach().reshape(-1, 1, v.shape[-1]), *pages, self._slots[call.layer])
+        self.cache.store(k, v, self._slots[call.layer])
         self._done[call.layer] = True
-        out, lse = self._decode(
+        out, lse = self.cache.decode(
             q,
-            self.cache.k_pages,
-            self.cache.v_pages,
             pattern,
+            cascade=self._cascade,
             block_table=self._tables[call.layer],
             seq_lens=self._seq_lens,
             cu_seqlens_q=self._cu,

@@ -93,9 +93,12 @@ class SparseCache:
         width, v_width = check_int("head_dim", head_dim, 1), head_dim if v_dim is None else check_int("v_dim", v_dim, 1)
         self._everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
         needs = page_needs(pattern, self._everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
-        self.ledger = Ledger(needs, page_size=page_size, num_pages=num_pages, max_tokens=max_tokens, hold=hold)
+        self.ledger = self._new_ledger(needs)
         self.texts: dict[int, list[int]] = {}
         self._k, self._v = (torch.zeros(num_pages, page_size, 1, w, dtype=dtype, device=device) for w in (width, v_width))
+
+    def _new_ledger(self, needs: np.ndarray) -> Ledger:
+        return Ledger(needs, page_size=self.page_size, num_pages=self.num_pages, max_tokens=self.max_tokens, hold=self.hold)
 
     @classmethod
     def for_model(
@@ -260,7 +263,7 @@ class SparseCache:
         pattern = pattern_of(self.pattern, layer)
         where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
         try:
-            result = (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **where, **options)
+            result = self.decode(q, pattern, cascade=cascade, **where, **options)
         except Exception:  # whatever was wrong with the queries: the tokens do not stay either
             self.ledger.retract(layer, before)
             raise
@@ -277,8 +280,7 @@ class SparseCache:
         rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
         self.copy_pages(rooms)
         if rooms:
-            slots = torch.from_numpy(np.concatenate([room.slots.reshape(-1) for room in rooms])).to(self._k.device)
-            store_kv(k.detach().reshape(-1, 1, k.shape[-1]), v.detach().reshape(-1, 1, v.shape[-1]), *self.pools, slots)
+            self.store(k, v, self.numbers(np.concatenate([room.slots.reshape(-1) for room in rooms])))
 
     def trim(self, sequence: int, layer: int | None = None) -> None:
         """Give back the pages that no later query reads, of one layer or of all."""
@@ -286,10 +288,8 @@ class SparseCache:
 
     def tables(self, sequences: Sequence[int], layer: int) -> dict[str, Tensor]:
         """``block_table`` ``(B, G, max_pages)`` and ``seq_lens`` ``(B,)`` of a layer, as `s2attn.decode` takes them."""
-        lengths = [self.ledger.length(sequence, layer) for sequence in sequences]
-        device = self._k.device
-        table = torch.from_numpy(self.table(sequences, layer)).to(device)
-        return {"block_table": table, "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device)}
+        lengths = np.array([self.ledger.length(sequence, layer) for sequence in sequences], dtype=np.int32)
+        return {"block_table": self.numbers(self.table(sequences, layer)), "seq_lens": self.numbers(lengths)}
 
     def table(self, sequences: Sequence[int], layer: int) -> np.ndarray:
         """Pages ``(B, G, max_pages)`` int32 of a layer, -1 where there is none."""
@@ -367,6 +367,21 @@ class SparseCache:
         if len(counts) != len(sequences):
             raise bad_value("sequences", f"must name one for each of the {len(counts)} of the batch", len(sequences))
         return counts
+
+    # what a step is made of
+
+    def numbers(self, array: np.ndarray) -> Tensor:
+        """Numbers of the books where :meth:`store` and :meth:`decode` want them."""
+        return torch.from_numpy(array).to(self._k.device)
+
+    def store(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Write new keys ``(..., G, D)`` and values into their slots, ``(tokens * G,)``."""
+        store_kv(k.detach().reshape(-1, 1, k.shape[-1]), v.detach().reshape(-1, 1, v.shape[-1]), *self.pools, slots)
+
+    def decode(self, q: Tensor, pattern: Pattern, *, block_table: Tensor, seq_lens: Tensor, cascade: bool = False, **call: Any) -> Any:
+        """`s2attn.decode` over the pages of this cache, or `s2attn.decode_cascade`; ``call`` holds their other arguments."""
+        where: Any = {"block_table": block_table, "seq_lens": seq_lens}
+        return (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **where, **call)
 
     def copy_pages(self, rooms: Sequence[Room]) -> None:
         """Make the copies that new tokens of forks need."""

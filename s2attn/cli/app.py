@@ -28,6 +28,7 @@ def show(
     seqlen: Annotated[int, typer.Option(help="Context length in tokens.")] = 4096,
     layers: Annotated[int, typer.Option(help="Layers, for what the union of the layers sees.")] = 1,
     layer: Annotated[int, typer.Option(help="Layer that is drawn, for recipes and patterns that differ by layer.")] = 0,
+    ranks: Annotated[int | None, typer.Option(help="Count what context parallelism on so many ranks moves, too.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the heads side by side into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -35,7 +36,7 @@ def show(
     with clear_errors():
         from s2attn.cli.show import Asked, show_pattern
 
-        show_pattern(what, Asked(heads, kv_heads, seqlen, layers, layer), png=png, as_json=json)
+        show_pattern(what, Asked(heads, kv_heads, seqlen, layers, layer, ranks), png=png, as_json=json)
 
 
 @app.command()
@@ -176,6 +177,53 @@ def calibrate(
         from s2attn.cli.choosing import run_calibrate
 
         run_calibrate(checkpoint, out, text=text, stride=stride, block=block, target=target, windows=windows, seqlen=seqlen)
+
+
+TEXT = typer.Option(help="What the model reads: text for the folder's tokenizer, or a JSON list of tokens.")
+LENGTH = typer.Option(help="Tokens of each text.")
+TEXTS = typer.Option(help="So many texts, one behind the other.")
+LAST = typer.Option(help="Judge only the predictions of so many last tokens of each text.")
+DEVICE = typer.Option(help="Where the model runs.")
+MODEL = typer.Argument(help="Folder of a saved causal language model: of Transformers, Phi-3-small, or the demo's.")
+
+
+@app.command("compare")
+def compare_model(
+    model: Annotated[Path, MODEL],
+    recipe: Annotated[str, typer.Argument(help="A recipe or pattern: a JSON file, a preset, or an expression.")],
+    text: Annotated[Path, TEXT],
+    length: Annotated[int, LENGTH] = 2048,
+    texts: Annotated[int, TEXTS] = 1,
+    last: Annotated[int | None, LAST] = None,
+    device: Annotated[str, DEVICE] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """What would a recipe cost a model that was trained without it? Likelihood, divergence, and the attention mass that is kept."""
+    with clear_errors():
+        from s2attn.cli.probe import Reading, show_comparison
+
+        show_comparison(model, recipe, Reading(text, length, texts, last, device), as_json=json)
+
+
+@app.command("suggest")
+def suggest_recipe(
+    model: Annotated[Path, MODEL],
+    text: Annotated[Path, TEXT],
+    budget: Annotated[float, typer.Option(help="Nats per token that the recipe may cost.")] = 0.01,
+    sink: Annotated[int, typer.Option(help="First tokens that a sparse head sees.")] = 64,
+    window: Annotated[int, typer.Option(help="Last tokens that it sees.")] = 512,
+    by: Annotated[str, typer.Option(help="Decide for each KV [bold]head[/bold] or [bold]layer[/bold].")] = "head",
+    length: Annotated[int, LENGTH] = 2048,
+    texts: Annotated[int, TEXTS] = 1,
+    last: Annotated[int | None, LAST] = None,
+    device: Annotated[str, DEVICE] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the recipe.")] = None,
+) -> None:
+    """Which heads of a trained model can do with sinks and a window, within a measured loss?"""
+    with clear_errors():
+        from s2attn.cli.probe import Reading, show_suggestion
+
+        show_suggestion(model, budget, Reading(text, length, texts, last, device), sink=sink, window=window, by=by, out=out)
 
 
 @bench_app.command()

@@ -13,7 +13,7 @@ from s2attn.lab.choosing import budget_of, calibrated, methods, model_data, plan
 from s2attn.lab.data import read_corpus
 from s2attn.lab.recall import judge, recall_chart, recall_table
 from s2attn.lab.train import load_model
-from s2attn.lab.training.tokens import Bytes, tokenizer_in
+from s2attn.lab.training.tokens import read_tokens
 from s2attn.selectors import XAttention
 
 
@@ -50,11 +50,8 @@ def run_calibrate(
 
 def tokens_of(checkpoint: Path, path: Path | None) -> Tensor:
     """The tokens of a file for this model; of the standard library's files that the demo keeps for validation when None."""
-    text = bytearray(read_corpus().validation.numpy().tobytes() if path is None else path.read_bytes())
-    tokenizer = tokenizer_in(checkpoint)
-    if isinstance(tokenizer, Bytes):
-        return torch.frombuffer(text, dtype=torch.uint8)
-    return tokenizer.encode([text.decode("utf-8", errors="replace")])[0]
+    raw = read_corpus().validation.numpy().tobytes() if path is None else path.read_bytes()
+    return torch.tensor(read_tokens(checkpoint, raw))
 
 
 def read_shares(text: str) -> list[float]:

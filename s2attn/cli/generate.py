@@ -13,7 +13,7 @@ import torch
 from s2attn.cache import CacheFull, SparseCache
 from s2attn.core import bad_value
 from s2attn.lab.train import load_model
-from s2attn.lab.training.tokens import Bytes, Tokenizer, tokenizer_in
+from s2attn.lab.training.tokens import Bytes, Tokenizer, read_tokens, tokenizer_in
 from s2attn.nn.generation import NewToken, stream
 from s2attn.nn.sampling import Sampling
 
@@ -29,14 +29,11 @@ class Source:
     file: Path | None = None
     resume: Path | None = None
 
-    def tokens(self, tokenizer: Tokenizer) -> list[int]:
+    def tokens(self, folder: Path) -> list[int]:
         """The tokens that are given, behind those of the cache."""
         if self.prompt and self.file is not None:
             raise bad_value("--prompt and --file", "must not be given together", f"{self.prompt!r} and {self.file}")
-        if isinstance(tokenizer, Bytes):
-            return list(self.prompt.encode() if self.file is None else self.file.read_bytes())
-        text = self.prompt if self.file is None else self.file.read_text(encoding="utf-8")
-        return tokenizer.encode([text])[0].tolist()
+        return read_tokens(folder, self.prompt.encode() if self.file is None else self.file.read_bytes())
 
 
 def stop_bytes(letters: str) -> list[int]:
@@ -51,7 +48,7 @@ def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: 
     model, tokenizer = load_model(folder).eval(), tokenizer_in(folder)
     if sampling.stop and not isinstance(tokenizer, Bytes):
         raise bad_value("--stop", "must be left out with a model of byte pairs", f"{len(sampling.stop)} characters")
-    given = source.tokens(tokenizer)
+    given = source.tokens(folder)
     if source.resume is not None:
         cache = SparseCache.load(source.resume)
         if not cache.ledger.sequences:

@@ -31,12 +31,13 @@ class Asked:
     seqlen: int = 4096
     layers: int = 1
     layer: int = 0
+    ranks: int | None = None
 
 
 def show_pattern(what: str, asked: Asked, *, png: Path | None = None, as_json: bool = False) -> None:
     """Print the report of a pattern, draw its heads as text, and perhaps write a picture."""
     pattern = read_what(what)
-    report = describe(pattern, asked.heads, asked.kv_heads, asked.seqlen, layers=asked.layers)
+    report = describe(pattern, asked.heads, asked.kv_heads, asked.seqlen, layers=asked.layers, ranks=asked.ranks)
     if png is not None:
         from s2attn.lab.plot import plot
 
@@ -48,6 +49,8 @@ def show_pattern(what: str, asked: Asked, *, png: Path | None = None, as_json: b
     screen = console()
     screen.print(Text(repr(pattern), style="bold"))
     screen.print(table(figures(report), right_from=2))
+    if report.context is not None:
+        screen.print(table(report.context.table, report.context.title, right_from=3))
     for style, sentences in (("yellow", report.warnings), ("dim", report.advice)):
         for sentence in sentences:
             screen.print(Text(f"- {sentence}", style=style))

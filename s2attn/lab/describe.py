@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from s2attn.core import check_int
+from s2attn.core import bad_value, check_int
 from s2attn.lab import density as _density
+from s2attn.lab.context import ContextReport, describe_context
 from s2attn.lab.cover import Cover, cover_of, last_row, least_group_row
 from s2attn.lab.density import BACKWARD, Listed
 from s2attn.lab.efficiency import CounterExample, cache_horizon, cached_tokens, counter_example
@@ -83,6 +84,7 @@ class Report:
         complete_after: so many layers cover every earlier block; None when all of them do not.
         reach: what the last block sees through 1, 2, ... layers.
         per_layer: the figures layer by layer.
+        context: what context parallelism moves on ``ranks`` ranks; None where it was not asked for.
         warnings: what is likely to be a mistake.
         advice: S2-Attention's guidelines (arXiv:2407.17678, section 3) that are not followed. Each sentence stands only where it is true.
     """
@@ -122,6 +124,7 @@ class Report:
     per_layer: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
+    context: ContextReport | None = None
 
     @property
     def complete(self) -> bool:
@@ -160,6 +163,7 @@ def describe(
     head_dim: int = 128,
     dtype_bytes: int = 2,
     layer: int = 0,
+    ranks: int | None = None,
 ) -> Report:
     """Judge a pattern: density, speed-up, work, memory, eviction, completeness and reach, with warnings and advice.
 
@@ -173,6 +177,7 @@ def describe(
         block: tokens per block of what is counted; by default the finest that a layer's layout would have.
         causal: whether keys after the query are cut.
         head_dim, dtype_bytes: for FLOPs and bytes.
+        ranks: also count what context parallelism on so many ranks moves; see `describe_context`, which is for long sequences too.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and what came.
@@ -193,7 +198,14 @@ def describe(
     report = _report(stack, repr(pattern), head_dim, dtype_bytes, per_layer)
     from s2attn.lab.advice import advice_of, warnings_of
 
-    return dataclasses.replace(report, warnings=tuple(warnings_of(stack, report)), advice=tuple(advice_of(stack, report)))
+    context = None
+    if ranks is not None:
+        if isinstance(pattern, Layout):
+            raise bad_value("ranks", "must be left out when a Layout is given: ranks make lists of their own from a pattern", ranks)
+        sizes: Any = {"head_dim": head_dim, "dtype_bytes": dtype_bytes, "block": block, "causal": causal}
+        context = describe_context(pattern, num_heads, num_kv_heads, seqlen, ranks=ranks, layers=layers, layer=layer, **sizes)
+    words: Any = {"warnings": tuple(warnings_of(stack, report)), "advice": tuple(advice_of(stack, report))}
+    return dataclasses.replace(report, **words, context=context)
 
 
 def _renumbered(report: LayerReport, layer: int) -> LayerReport:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from s2attn.core import bad_value, check_int
 from s2attn.lab.data import VOCABULARY
 from s2attn.nn import SparseAttention, look_back, positions
+from s2attn.nn.rotary import frequencies, rotate, rotations
 from s2attn.patterns import Dense, Recipe
 
 
@@ -52,6 +53,10 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise bad_value(name, "must be positive", getattr(self, name))
 
+    def turns(self, device: torch.device | str = "cpu") -> Tensor:
+        """How far each pair of channels turns per position, in radians, float32 ``(head_dim / 2,)``."""
+        return frequencies(self.head_dim, self.rope_base, device) / self.rope_factor
+
     def with_recipe(self, recipe: Recipe) -> ModelConfig:
         return replace(self, recipe=recipe)
 
@@ -81,7 +86,7 @@ class Attention(nn.Module):
         config = self.config
         qkv = self.project_in(x).unflatten(-1, (config.heads + 2 * config.kv_heads, config.head_dim))
         q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)  # the angles are float32, whatever autocast says
         if cu_seqlens is None:
             seen = self.attend(q, k, v)
         else:
@@ -147,7 +152,7 @@ class LanguageModel(nn.Module):
                 document then sees anything of another, and its positions begin at 0.
         """
         place = positions(tokens) if cu_seqlens is None else packed_positions(tokens, cu_seqlens)
-        rotation = rotations(place, self.config.head_dim, self.config.rope_base, self.config.rope_factor)
+        rotation = rotations(place, self.config.turns(tokens.device))
         x = self.embed(tokens, None if cu_seqlens is None else place)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -181,17 +186,3 @@ def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     flat = torch.arange(tokens.numel(), device=tokens.device)
     starts = cu_seqlens.long()
     return (flat - starts[torch.searchsorted(starts, flat, right=True) - 1]).view(tokens.shape)
-
-
-def rotations(place: Tensor, head_dim: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``(B, T, 1, head_dim / 2)`` of the rotary angles (arXiv:2104.09864) at positions ``(B, T)`` over ``factor``."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=place.device) / head_dim)
-    angles = place.float()[..., None, None] / factor * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the two halves of every head of ``x`` ``(B, T, heads, head_dim)`` by the angles of its position, in float32."""
-    cos, sin = rotation
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

@@ -68,7 +68,7 @@ def plot(
         ValueError, TypeError: naming the argument, the rule and what came.
     """
     panels, dpi = check_int("panels", panels, 1), check_int("dpi", dpi, 20)
-    path = _checked_path(path)
+    path = checked_path(path)
     if isinstance(pattern, Layout):
         if seqlen is not None or block is not None:
             raise bad_value("seqlen and block", "must be left out when a Layout is given", (seqlen, block))
@@ -85,7 +85,7 @@ def plot(
     return path
 
 
-def _checked_path(path: Any) -> Path:
+def checked_path(path: Any) -> Path:
     if not isinstance(path, (str, Path)):
         raise bad_kind("path", "must be a string or a Path", path)
     path = Path(path)

@@ -50,6 +50,8 @@ def report_text(report: Report) -> str:
     kinds = _kinds(report)
     if len(kinds) > 1:
         lines += ["", *_table(kinds)]
+    if report.context is not None:
+        lines += ["", str(report.context)]
     for title, sentences in (("warnings", report.warnings), ("advice", report.advice)):
         for number, sentence in enumerate(sentences):
             label = title if number == 0 else ""

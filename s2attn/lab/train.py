@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,13 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from s2attn.core import bad_value, check_int
 from s2attn.lab.data import Batch, Feed
-from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.model import Block, LanguageModel, ModelConfig
 from s2attn.lab.training.files import write_file
 from s2attn.lab.training.place import ALONE, Place
 
 Log = Callable[[dict[str, Any]], None]
-VERSIONS = 16
-"""Compiled forms that a block may have at most: for training and judging, for rows and lists of documents of other lengths."""
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -201,12 +200,13 @@ class Run:
 
 def compile_blocks(model: LanguageModel, backend: str) -> None:
     """Compile each block of a model: its forward alone, so that what FSDP hangs around a block stays outside."""
-    settings: Any = torch._dynamo.config
-    # Blocks differ in their patterns, and all of them count as versions of one function, each for training and for judging.
-    settings.recompile_limit = max(settings.recompile_limit, VERSIONS * len(model.blocks))
-    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, VERSIONS * len(model.blocks))
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    plain = Block.forward
+    for number, block in enumerate(model.blocks):
+        # The compiler counts versions by code object, and takes for variable what differs among them. Blocks differ in layer and pattern,
+        # so each gets a code object of its own.
+        code = plain.__code__.replace(co_name=f"forward_{number}")
+        own = FunctionType(code, plain.__globals__, code.co_name, plain.__defaults__)
+        block.forward = torch.compile(MethodType(own, block), fullgraph=True, backend=backend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,5 +306,5 @@ def load_model(folder: Path) -> LanguageModel:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise bad_value("config.json", f"must describe a model ({error})", folder) from None
     model = LanguageModel(config)
-    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location="cpu"))
     return model

@@ -41,7 +41,7 @@ def attention(
     lse.
 
     Args:
-        q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides.
+        q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides. All of q, k, v may be DTensors that are cut by heads or by batch.
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
         pattern: which keys are seen: a `Pattern`; a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply); or a
             selector such as `XAttention`, which chooses for every sample of the batch (``block``, ``heads`` then do not apply).
@@ -78,6 +78,9 @@ def attention(
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
     q, k, v = autocast(q, k, v)
+    sharded = _sharded(q, k, v)
+    if sharded is not None:
+        sharded.check(q, k, v, sinks, pattern, heads)
     layout = pattern if isinstance(pattern, Layout) else None
     if isinstance(pattern, Selector):
         if block is not None or heads is not None:
@@ -98,6 +101,8 @@ def attention(
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if packed or joined:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if sharded is not None:
+        source, index = sharded.call(source, index, q, k)
     out, lse = attention_op(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
     if isinstance(pattern, Selector) and out.grad_fn is not None:
         out.grad_fn.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
@@ -106,6 +111,15 @@ def attention(
     if joined:
         out, lse = out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
     return (out, lse) if return_lse else out
+
+
+def _sharded(*tensors: Tensor) -> Any:
+    """The module for calls on DTensors where one of these is one: nobody else waits for torch's code for them."""
+    if not any(hasattr(x, "device_mesh") for x in tensors):
+        return None
+    from s2attn.ops import sharded
+
+    return sharded
 
 
 def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, heads: HeadRange | None, q: Tensor) -> str:

@@ -7,8 +7,9 @@ but that text and works for every length; an explicit layout travels as its tens
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from s2attn.core import BLOCKS
+from s2attn.core import BLOCKS, bad_value
 from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.patterns import Pattern
 
 LAYOUT_TEXT = "layout"
+HEADS_TEXT = "heads;"
 
 _lock = Lock()
 _layouts: OrderedDict[tuple, Layout] = OrderedDict()
 _shared: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
 """The same layouts by what they were made of: layers whose heads have equal patterns use one."""
-_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _KEEP_LAYOUTS = 256
 _KEEP_BYTES = 2 << 30
 
@@ -47,6 +49,14 @@ def pattern_text(pattern: Pattern, block: int | None, causal: bool, layer: int, 
     """A call with a pattern as one line of text; :func:`find_layout` reads it."""
     where = "" if heads is None else f"{heads.start},{heads.end},{heads.num_heads},{heads.num_kv_heads}"
     return f"{block or 0};{int(causal)};{layer};{where};{pattern.to_json()}"
+
+
+def with_named_heads(text: str, num_heads: int, num_kv_heads: int) -> str:
+    """The same call on some of so many global heads: their numbers, int64 ``(heads of the call,)``, are the last tensor of its index.
+
+    Whoever cuts q, k and v by heads cuts that tensor with them, so that every process finds the patterns of the heads that it holds.
+    """
+    return f"{HEADS_TEXT}{num_heads};{num_kv_heads};{text}"
 
 
 def with_block(text: str, block: int) -> str:
@@ -71,8 +81,10 @@ def find_layout(text: str, index: list[Tensor], q: Tensor, k: Tensor) -> Layout:
     if text.startswith(LAYOUT_TEXT):
         _, causal, packed = text.split(";")
         return Layout.from_tensors(index, causal=causal == "1", packed=packed == "1").checked
+    if text.startswith(HEADS_TEXT):
+        text, index = _with_heads(text, index[-1], q.shape[2]), index[:-1]
     lengths = tuple(
-        _read_once(name, cu, total)
+        _read_once(cu, total, partial(read_cu_seqlens, name))
         for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_k"), index, (q.shape[1], k.shape[1]), strict=False)
     )
     return layout_of(text, CallSizes(q.shape[1], q.shape[2], k.shape[1], k.shape[2], q.device), lengths)
@@ -98,15 +110,30 @@ def _kept_bytes() -> int:
     return sum({id(layout): layout.nbytes for layout in _layouts.values()}.values())
 
 
-def _read_once(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:
-    """The numbers of a vector of cumulative lengths; a tensor that was read before is not read (and its device not waited for) again."""
-    if cu_seqlens.is_inference():  # made under inference_mode: torch does not count its changes, so it has to be read every time
-        return tuple(read_cu_seqlens(name, cu_seqlens, total))
-    version = cu_seqlens._version
-    known = _lengths.get(cu_seqlens)
+def _with_heads(text: str, numbers: Tensor, count: int) -> str:
+    """The text of a call with the range of its heads, which a tensor names."""
+    _, num_heads, num_kv_heads, text = text.split(";", 3)
+    heads = _read_once(numbers, count, _read_heads)
+    block, causal, layer, _, spec = text.split(";", 4)
+    return f"{block};{causal};{layer};{heads[0]},{heads[-1] + 1},{num_heads},{num_kv_heads};{spec}"
+
+
+def _read_heads(numbers: Tensor, count: int) -> list[int]:
+    heads = numbers.tolist()
+    if not heads or heads != list(range(heads[0], heads[0] + count)):
+        raise bad_value("heads", f"must be {count} consecutive numbers, one for each head of q", heads)
+    return heads
+
+
+def _read_once(tensor: Tensor, total: int, read: Callable[[Tensor, int], list[int]]) -> tuple[int, ...]:
+    """The numbers of a short tensor; one that was read before is not read (and its device not waited for) again."""
+    if tensor.is_inference():  # made under inference_mode: torch does not count its changes, so it has to be read every time
+        return tuple(read(tensor, total))
+    version = tensor._version
+    known = _numbers.get(tensor)
     if known is None or known[0] != (version, total):
-        known = ((version, total), tuple(read_cu_seqlens(name, cu_seqlens, total)))
-        _lengths[cu_seqlens] = known
+        known = ((version, total), tuple(read(tensor, total)))
+        _numbers[tensor] = known
     return known[1]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.patterns import phi3small
 from s2attn.patterns.base import FORMAT_VERSION, Pattern, check_layer, pattern_from_dict, read_document
 from s2attn.patterns.token import Dense
 
@@ -89,6 +90,26 @@ class Recipe:
     def from_json(cls, text: str) -> Recipe:
         """Read what :meth:`to_json` wrote; ``ValueError`` names what is wrong."""
         return cls.from_dict(read_document(text, "recipe"))
+
+    @classmethod
+    def from_phi3small(cls, config: Any) -> Recipe:
+        """The recipe of a Phi-3-small model (arXiv:2404.14219), from its own configuration.
+
+        Args:
+            config: its ``config.json`` as a mapping, or any object with the same names: ``num_attention_heads``,
+                ``num_key_value_heads``, ``dense_attention_every_n_layers``, ``blocksparse_block_size``, ``blocksparse_num_local_blocks``,
+                ``blocksparse_vert_stride`` and ``blocksparse_homo_head_pattern``.
+
+        Raises:
+            ValueError, TypeError: a field that is missing or wrong, or the configuration of another model.
+
+        >>> heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "dense_attention_every_n_layers": 2}
+        >>> blocks = {"block_size": 64, "num_local_blocks": 16, "vert_stride": 8, "homo_head_pattern": False}
+        >>> Recipe.from_phi3small({**heads, **{f"blocksparse_{name}": value for name, value in blocks.items()}})
+        Recipe(Local(n=16, block=64) | Stride(stride=8, offset='head', shift=1, block=64, heads='query'), dense_every=2)
+        """
+        phi3small.check_model_type(config)
+        return cls(phi3small.sparse_pattern(config), dense_every=phi3small.dense_every(config))
 
     def __repr__(self) -> str:
         more = [f"dense_layers={list(self.dense_layers)}"] if self.dense_layers else []

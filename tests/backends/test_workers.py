@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def test_autocast_and_autograd_stay_outside(backend: Backend) -> None:
         got = run(backend, p)
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert torch.equal(getattr(got, name), getattr(expected, name)) and not getattr(got, name).requires_grad
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_reaches_the_threads(monkeypatch: pytest.MonkeyPatch, made_inside: bool) -> None:
+    monkeypatch.setattr(walk, "CHUNK_BYTES", 200_000)
+    p = random_problem(4, 2, 4, 300, 300, 32, causal=True, batch=2).to(torch.float32)
+    expected = run(get_backend("portable"), p)
+    with torch.inference_mode():
+        if made_inside:
+            p = replace(p, **{name: getattr(p, name).clone() for name in ("q", "k", "v", "dout")})
+        got = run(get_backend("portable"), p)
+    assert torch.equal(got.out, expected.out) and torch.equal(got.dk, expected.dk)
 
 
 @pytest.mark.usefixtures("two_threads")

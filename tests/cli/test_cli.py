@@ -37,6 +37,12 @@ def test_show_prints_the_pattern_its_figures_and_a_drawing() -> None:
     assert "KV head 3" in result.stdout and "██··██▒▒" in result.stdout
 
 
+def test_show_counts_what_ranks_would_send() -> None:
+    shown = run("show", "local:2|stride:4", "--seqlen", "4096", "--ranks", "4").stdout
+    assert "4,096 tokens on 4 ranks" in shown and re.search(r"zigzag +1\.\d{3} +all-gather", shown)
+    assert "seqlen must be a multiple of 3" in error_of("show", "s2", "--seqlen", "4096", "--ranks", "3")
+
+
 @pytest.mark.parametrize(
     "name", ["s2", "phi3_small", "power_attention", "streaming_llm", "duo_attention", "longnet", "longformer", "bigbird"]
 )

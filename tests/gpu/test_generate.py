@@ -53,3 +53,14 @@ def test_forks_and_files_go_on_as_on_the_cpu(device, sized, tmp_path):
     sequences = [parent, cache.fork(parent), cache.fork(parent)]
     texts = s2attn.generate(model, [prompt] * 3, ways, cache=cache, sequences=sequences, cascade=True)
     assert [text.new for text in texts] == expected
+
+
+def test_keys_in_host_memory_change_no_token(device, sized):
+    """A layer on the host and old pages of the other there: queries travel, results come back and are merged."""
+    model = Model().double().eval()
+    prompts = [torch.randint(90, (length,)).tolist() for length in sized((700, 250), (70, 25))]
+    expected = [text.new for text in s2attn.generate(model, prompts, Sampling(12), chunk=64)]
+    model.to(device)
+    cache = s2attn.HostedCache.for_model(model, max_tokens=max(map(len, prompts)) + 12, sequences=2, chunk=64, host_layers=[0], spill=16)
+    assert [text.new for text in s2attn.generate(model, prompts, Sampling(12), chunk=64, cache=cache)] == expected
+    assert cache.bus.to_host and cache.bus.to_device and cache.pages.most_on_device

@@ -12,11 +12,12 @@ import torch
 
 from s2attn import Dense, Local, Recipe
 from s2attn.lab.generate import generate
-from s2attn.lab.model import LanguageModel, ModelConfig, rotations
+from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.lab.tasks import Copy, Curriculum, Passkey, Recall, Scores, Stretch, heat_map, learn, right_answers, score_task, stretched
 from s2attn.lab.tasks.learn import IGNORED, Questions
 from s2attn.lab.tasks.rope import stretched_config
 from s2attn.lab.train import Run, TrainConfig
+from s2attn.nn.rotary import rotations
 from s2attn.nn.sampling import Sampling
 
 MODEL = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, hidden=48)
@@ -147,20 +148,15 @@ def test_scores_count_lengths_depths_and_samples(learned: Run) -> None:
 
 
 def test_interpolated_positions_stand_where_shorter_ones_stood() -> None:
-    config = stretched_config(MODEL, 4.0, "interpolation")
     place = torch.arange(64)[None]
-    long = rotations(place, 16, config.rope_base, config.rope_factor)
-    short = rotations(place, 16, MODEL.rope_base)
+    long = rotations(place, stretched_config(MODEL, 4.0, "interpolation").turns())
+    short = rotations(place, MODEL.turns())
     for stretched_angles, angles in zip(long, short, strict=True):
         torch.testing.assert_close(stretched_angles[:, ::4], angles[:, :16])
 
 
 def test_ntk_slows_the_last_angle_by_the_factor_and_leaves_the_first() -> None:
-    def speeds(config: ModelConfig) -> torch.Tensor:
-        cos, sin = rotations(torch.tensor([[1]]), config.head_dim, config.rope_base, config.rope_factor)
-        return torch.atan2(sin, cos).flatten()
-
-    plain, slowed = speeds(MODEL), speeds(stretched_config(MODEL, 8.0, "ntk"))
+    plain, slowed = MODEL.turns(), stretched_config(MODEL, 8.0, "ntk").turns()
     assert float(plain[0] / slowed[0]) == pytest.approx(1.0)
     assert float(plain[-1] / slowed[-1]) == pytest.approx(8.0, rel=1e-4)
 

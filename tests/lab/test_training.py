@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,9 +110,12 @@ def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, tmp_path: Path)
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_two_processes_give_the_losses_of_one_and_either_goes_on_from_the_other(folder: Path, tmp_path: Path) -> None:
-    run_training(config_of(folder, tmp_path / "one"), Silent())
-    sets = [word for change in changes_of(folder, tmp_path / "two") for word in ("--set", change)]
+    torch._dynamo.reset()
+    compiled = ("train.compile=true", "train.compile_backend=eager")
+    run_training(config_of(folder, tmp_path / "one", *compiled), Silent())
+    sets = [word for change in (*changes_of(folder, tmp_path / "two"), *compiled) for word in ("--set", change)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "s2attn.cli", "train", *sets]
     for more in (["--set", "run.save_every=4"], ["--resume"]):
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=LONG_S)
@@ -121,10 +125,8 @@ def test_two_processes_give_the_losses_of_one_and_either_goes_on_from_the_other(
             assert two == pytest.approx(one, rel=1e-5)
         last = tmp_path / "two" / CHECKPOINTS / "step-00000006"
         if last.exists():  # for the second turn: as if killed behind step 4
-            for path in last.iterdir():
-                path.unlink()
-            last.rmdir()
-    resumed = run_training(config_of(folder, tmp_path / "two"), Silent(), resume=True)
+            shutil.rmtree(last)
+    resumed = run_training(config_of(folder, tmp_path / "two", *compiled), Silent(), resume=True)
     straight = json.loads((tmp_path / "one" / "results.json").read_text())
     assert resumed["validation_loss"] == pytest.approx(straight["validation_loss"], rel=1e-5)
 
@@ -203,6 +205,18 @@ def test_a_checkpoint_of_another_configuration_or_other_text_is_refused(folder: 
     assert steps_in(tmp_path / "out") == ["step-00000004", "step-00000006"]
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "training.pt"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_as_good(folder: Path, tmp_path: Path, name: str) -> None:
+    run_training(config_of(folder, tmp_path / "out"), Silent())
+    expected, newest = metrics_of(tmp_path / "out"), tmp_path / "out" / CHECKPOINTS / "step-00000006"
+    (newest / name).write_bytes((newest / name).read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"the newest checkpoint must be readable; without its folder .*step-00000006\); got "):
+        run_training(config_of(folder, tmp_path / "out"), Silent(), resume=True)
+    shutil.rmtree(newest)
+    run_training(config_of(folder, tmp_path / "out"), Silent(), resume=True)
+    assert metrics_of(tmp_path / "out") == expected
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """The kernel refuses to write beyond ``size`` bytes, in the middle of a file, as on a full disk."""
@@ -230,7 +244,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(folder: Path, tmp_path:
     run_training(config_of(folder, tmp_path / "straight"), Silent())
     show, out = Full(3), tmp_path / "out"
     try:
-        with pytest.raises(OSError, match=r"weights\.pt could not be written and is as it was: File too large"):
+        with pytest.raises(OSError, match=r"step-00000004 could not be saved; those before it are as they were, .* \(File too large\)"):
             run_training(config_of(folder, out), show)
     finally:
         show.limit.__exit__(None, None, None)

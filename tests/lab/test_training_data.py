@@ -130,6 +130,13 @@ def test_targets_follow_inputs_and_documents_begin_where_they_are_said_to() -> N
         assert starts == {0, 16, 32} | set((batch.inputs.flatten() == END).nonzero().flatten().tolist())
 
 
+def test_rows_that_are_not_packed_are_one_text_each() -> None:
+    tokens = Tokens.of(TEXTS, Bytes())
+    feeds = [Packed(tokens, tokens, Rows(2, 16, packed=packed)) for packed in (False, True)]
+    assert all(batch.cu_seqlens is None for batch in (feeds[0].train(0), *feeds[0].validation()))
+    assert torch.equal(feeds[0].train(3).targets, feeds[1].train(3).targets)
+
+
 def test_an_epoch_reads_every_token_once() -> None:
     texts = [chr(97 + i) * (3 + i) for i in range(8)]  # 52 letters and 8 ends: 6 rows of 10
     feed = packed_of(texts, batch=1, context=10)

@@ -61,9 +61,11 @@ def alone() -> Iterator[int]:
 def _by_threads(function: Callable[[Piece], Result], pieces: Sequence[Piece], threads: int) -> Iterator[Result]:
     """At most two results per thread wait to be taken."""
 
-    @torch.no_grad()
-    def compute(piece: Piece) -> Result:  # a new thread knows nothing of the caller's modes
-        return function(piece)
+    inference = torch.is_inference_mode_enabled()
+
+    def compute(piece: Piece) -> Result:  # another thread knows nothing of the caller's modes
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(piece)
 
     waiting: deque[Future[Result]] = deque()
     pool = _pool(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ class Material:
     feed: Packed
     facts: Record
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
+        """A hash of all tokens."""
         return f"{self.feed.tokens.fingerprint}-{self.feed.unseen.fingerprint}"
 
 

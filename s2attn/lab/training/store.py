@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -52,9 +54,13 @@ class Store:
         def write() -> None:
             if folder.exists():
                 return
-            with whole_folder(folder) as beside:
-                contents.write(beside)
-                tokenizer.save(beside)
+            try:
+                with whole_folder(folder) as beside:
+                    contents.write(beside)
+                    tokenizer.save(beside)
+            except OSError as error:
+                what = f"{folder} could not be saved; those before it are as they were, and --resume goes on from the newest"
+                raise OSError(error.errno, f"{what} ({os.strerror(error.errno or 0)})") from error
             for old in self.found()[: -self.keep]:
                 shutil.rmtree(old)
 
@@ -66,9 +72,14 @@ class Store:
         """Compare what decides a result with what a checkpoint was made with.
 
         Raises:
-            ValueError: it was another configuration, or other data; with every value that differs.
+            ValueError: it cannot be read, or was of another configuration, or of other data; with every value that differs.
         """
-        state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu", mmap=True)
+        try:
+            paths = (folder / "training.pt", folder / "weights.pt")
+            state, _ = (torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in paths)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            rule = f"must be readable; without its folder the run goes on from the one before ({folder})"
+            raise bad_value("the newest checkpoint", rule, str(error).splitlines()[0]) from error
         here, there = flat(settings), flat(state["settings"])
         differ = [name for name in sorted({*here, *there}) if here.get(name, MISSING) != there.get(name, MISSING)]
         if differ:

@@ -118,6 +118,14 @@ def tokenizer_in(folder: Path) -> Tokenizer:
     return BytePairs.load(folder / FILE) if (folder / FILE).is_file() else Bytes()
 
 
+def read_tokens(folder: Path, raw: bytes) -> list[int]:
+    """The contents of a text file in the tokens of the model in ``folder``."""
+    tokenizer = tokenizer_in(folder)
+    if isinstance(tokenizer, Bytes):  # any bytes will do
+        return list(raw)
+    return tokenizer.encode([raw.decode("utf-8", errors="replace")])[0].tolist()
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Documents as one row of numbers.

@@ -1,0 +1,178 @@
+"""`PastKeyValues`: a `s2attn.SparseCache` where Transformers wants its cache, so that memory falls as the recipe allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from s2attn.cache.needs import pattern_of
+from s2attn.cache.sparse import SparseCache
+from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.integrations.transformers.attend import PAGED
+from s2attn.integrations.transformers.places import Places
+from s2attn.ops.attention import autocast
+from s2attn.ops.step import LayerCall
+
+
+class PastKeyValues(Cache):
+    """The pages of a `s2attn.SparseCache` as ``past_key_values`` of a patched model, for its forward and for ``generate``.
+
+    Every row of a batch is a sequence of the cache, however it is padded; the first call says how many rows there are. Beams share pages
+    and copy what they change. It cannot be compiled: what is kept differs from step to step.
+
+    >>> import torch, transformers, s2attn
+    >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = s2attn.patch(transformers.LlamaForCausalLM(config).eval(), s2attn.Sink(4) | s2attn.Window(32))
+    >>> past = PastKeyValues.for_model(model, max_tokens=512)
+    >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, past_key_values=past, pad_token_id=0)
+    >>> tokens.shape, past.pages.bytes_used < past.pages.bytes_dense
+    (torch.Size([1, 208]), True)
+    """
+
+    def __init__(self, pages: SparseCache) -> None:
+        if not isinstance(pages, SparseCache):
+            raise bad_kind("pages", "must be a s2attn.SparseCache", pages)
+        self._mine = [_Layer(self, layer) for layer in range(pages.num_layers)]
+        super().__init__(layers=[*self._mine])
+        self.pages = pages
+        self.sequences: list[int] = []
+        self.waiting: _Layer | None = None
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, **sizes: Any) -> PastKeyValues:
+        """A cache for a patched model, which is run over one token to see its layers.
+
+        Args:
+            sizes: ``max_tokens``, ``sequences``, ``chunk`` and so on, as of `s2attn.SparseCache.for_model`. A prompt comes in one piece, so
+                that ``chunk`` must be its length, unless ``num_pages`` is given; by default it is ``max_tokens``.
+        """
+        if "num_pages" not in sizes:
+            sizes = {"chunk": sizes.get("max_tokens"), **sizes}
+        return cls(SparseCache.for_model(model, **sizes))
+
+    def reset(self) -> None:
+        """Give all pages back."""
+        for sequence in self.sequences:
+            self.pages.free(sequence)
+        self.sequences, self.waiting = [], None
+        for layer in self._mine:
+            layer.slots = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on with these rows, each as often as it is named."""
+        chosen = [self.sequences[row] for row in beam_idx.tolist()]
+        kept = [self.pages.fork(sequence) for sequence in chosen]
+        for sequence in self.sequences:
+            self.pages.free(sequence)
+        self.sequences = kept
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with every row so many times."""
+        self.reorder_cache(torch.arange(len(self.sequences)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back, given as a negative number; the `s2attn.SparseCache` must have been made to ``hold`` so many."""
+        if tokens_to_remove > 0:
+            raise bad_value("tokens_to_remove", "must be negative, or 0", tokens_to_remove)
+        for sequence in self.sequences:
+            self.pages.rollback(sequence, -tokens_to_remove)
+        for layer in self._mine:
+            layer.slots += tokens_to_remove
+
+    def open(self, rows: int) -> list[int]:
+        """The sequences of a batch with so many rows."""
+        if not self.sequences:
+            self.sequences = [self.pages.open() for _ in range(check_int("rows", rows, 1))]
+        if len(self.sequences) != rows:
+            raise bad_value("batch", f"must have {len(self.sequences)} rows, those of the cache; reset() empties it", rows)
+        return self.sequences
+
+
+class _Layer(CacheLayerMixin):
+    """One layer: keys wait until attention comes for them, since only then it is known which of them are padding."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, past: PastKeyValues, layer: int) -> None:
+        super().__init__()
+        self.past, self.layer, self.slots = past, layer, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        waiting = self.past.waiting
+        if waiting is not None:
+            why = f"nobody attended to the keys of layer {waiting.layer}: the model does not run on s2attn, or changes keys on their way"
+            raise Unsupported("PastKeyValues serves models that s2attn.patch has patched", {"model": [why]})
+        self.past.waiting = self
+        setattr(key_states, PAGED, self)
+        return key_states, value_states
+
+    def attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        """Store the real ones of the new keys, and attend."""
+        pages = self.past.pages
+        self._check(call, places)
+        if q.requires_grad and torch.is_grad_enabled():
+            raise Unsupported("a cache has no gradient", {"autograd": ["call the model under torch.no_grad()"]})
+        q, k, v = autocast(q, k, v)
+        sequences = self.past.open(len(q))
+        how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}
+        if places.key_order is None or places.queries is None:
+            out = pages.attend(sequences, self.layer, q, k, v, **how)
+        else:
+            kept = _kept(places.key_order, places.query_order, places.queries, q)
+            new_q, new_k, new_v = (x.flatten(0, 1)[kept] for x in (q, k, v))
+            cu = torch.nn.functional.pad(places.queries.cumsum(0), (1, 0))
+            packed = pages.attend(sequences, self.layer, new_q, new_k, new_v, cu_seqlens_q=cu, **how)
+            out = packed.new_zeros(q.shape[0] * q.shape[1], *packed.shape[1:]).index_copy(0, kept, packed).unflatten(0, q.shape[:2])
+        self.slots += q.shape[1]
+        self.past.waiting = None
+        return out
+
+    def _check(self, call: LayerCall, places: Places) -> None:
+        pages, why = self.past.pages, []
+        mine = pattern_of(pages.pattern, self.layer)
+        if call.pattern != mine:
+            why.append(f"layer {self.layer} sees {call.pattern}, the cache was made for {mine}")
+        if (call.num_heads, call.num_kv_heads, call.heads) != (pages.num_heads, pages.num_kv_heads, pages.heads):
+            why.append(f"{call.num_heads} over {call.num_kv_heads} heads ({call.heads}), the cache has others")
+        if not call.causal:
+            why.append("attention that is not causal")
+        if places.cu is not None:
+            why.append("packed rows")
+        if why:
+            raise Unsupported("this cache does not serve this model", {"PastKeyValues": why})
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Pages are there already."""
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.slots + new, 0
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.slots
+
+    def get_max_length(self) -> int:
+        return self.past.pages.max_tokens
+
+    get_max_cache_shape = get_max_length
+
+
+def _kept(key_order: Tensor, query_order: Tensor | None, queries: Tensor, q: Tensor) -> Tensor:
+    """Numbers of the real queries among ``(B * T)``, rising."""
+    tokens, place = q.shape[1], torch.arange(q.shape[1], device=q.device)
+    if query_order is None:
+        order, real = key_order, place < queries[:, None]
+    else:
+        order, real = query_order, place >= tokens - queries[:, None]
+    return torch.zeros_like(real).scatter(1, order, real).flatten().nonzero()[:, 0]
