@@ -22,6 +22,7 @@ class ModelConfig:
     """Shape of a model and the recipe of its layers; goes to and from JSON.
 
     ``look_back`` says how many tokens before a token are added to its embedding: small models of bytes learn much faster so.
+    ``rope_factor`` divides positions before they are rotated (position interpolation, arXiv:2306.15595).
 
     >>> config = ModelConfig(layers=2)
     >>> ModelConfig.from_json(config.to_json()) == config
@@ -37,6 +38,7 @@ class ModelConfig:
     vocabulary: int = VOCABULARY
     look_back: int = 2
     rope_base: float = 10000.0
+    rope_factor: float = 1.0
     recipe: Recipe = Recipe(Dense())
 
     def __post_init__(self) -> None:
@@ -47,6 +49,13 @@ class ModelConfig:
             raise bad_value("heads", f"must be a multiple of kv_heads ({self.kv_heads})", self.heads)
         if self.head_dim % 2:
             raise bad_value("head_dim", "must be even, for rotary positions", self.head_dim)
+        for name in ("rope_base", "rope_factor"):
+            if not getattr(self, name) > 0:
+                raise bad_value(name, "must be positive", getattr(self, name))
+
+    def turns(self, device: torch.device | str = "cpu") -> Tensor:
+        """How far each pair of channels turns per position, in radians, float32 ``(head_dim / 2,)``."""
+        return frequencies(self.head_dim, self.rope_base, device) / self.rope_factor
 
     def with_recipe(self, recipe: Recipe) -> ModelConfig:
         return replace(self, recipe=recipe)
@@ -143,7 +152,7 @@ class LanguageModel(nn.Module):
                 document then sees anything of another, and its positions begin at 0.
         """
         place = positions(tokens) if cu_seqlens is None else packed_positions(tokens, cu_seqlens)
-        rotation = rotations(place, frequencies(self.config.head_dim, self.config.rope_base, tokens.device))
+        rotation = rotations(place, self.config.turns(tokens.device))
         x = self.embed(tokens, None if cu_seqlens is None else place)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():

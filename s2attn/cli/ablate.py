@@ -1,0 +1,85 @@
+"""``s2attn ablate``: recipes compared at equal tokens and equal pairs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from s2attn.bench.clock import peak_bytes
+from s2attn.bench.host import host_facts
+from s2attn.cli.screen import Screen, console, table
+from s2attn.core import check_int
+from s2attn.lab.ablate import Gauge, run_ablation
+from s2attn.lab.ablate_report import plan_table, result_table, summary, write_report
+from s2attn.lab.ablate_settings import AblateSettings
+
+
+def settings_of(
+    size: str, *, recipes: str, tasks: str | None, seeds: int | None, budget: float | None, stretch: str | None
+) -> AblateSettings:
+    """The settings of a size, changed by what the command line says; an empty or missing word leaves a setting alone."""
+    made = AblateSettings.of(size)
+    if recipes:
+        made = replace(made, recipes=tuple(words(recipes)))
+    if tasks is not None:
+        made = replace(made, tasks=replace(made.tasks, names=tuple(words(tasks))))
+    if seeds is not None:
+        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1))))
+    if budget is not None:
+        made = replace(made, budget=budget)
+    return made if stretch is None else replace(made, tasks=replace(made.tasks, stretch=stretch))
+
+
+def words(text: str) -> list[str]:
+    """
+    >>> words("dense, s2+1"), words("")
+    (['dense', 's2+1'], [])
+    """
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def show_plan(settings: AblateSettings) -> None:
+    """Print which parameters make the recipes equal, and run nothing."""
+    screen, recipes = console(), settings.matched()
+    screen.print(table(without(plan_table(recipes, settings.tolerance), "parameters"), "Recipes"))
+    for one in recipes:
+        screen.print(f"\n[bold]{one.name}[/bold]: {one.meaning}")
+        screen.print(f"  {one.recipe!r}", markup=False)
+    runs, tokens = len(settings.recipes) * len(settings.seeds), settings.text.steps * settings.text.batch * settings.text.context
+    screen.print(f"\n{runs} runs, each of {tokens:,} tokens of text and {settings.tasks.tokens:,} of tasks")
+
+
+def without(lines: list[list[str]], *names: str) -> list[list[str]]:
+    """A table without the columns of these names: a terminal is narrow.
+
+    >>> without([["a", "b", "c"], ["1", "2", "3"]], "b")
+    [['a', 'c'], ['1', '3']]
+    """
+    kept = [i for i, name in enumerate(lines[0]) if name not in names]
+    return [[line[i] for i in kept] for line in lines]
+
+
+def gauge_of(device: str) -> Gauge:
+    """What measures this machine's memory, or that of its graphics card."""
+    if device == "cpu":
+        return Gauge(peak_bytes, host_facts)
+    from s2attn.bench.cuda import CudaMeter
+
+    return Gauge(CudaMeter().peak_bytes, partial(host_facts, device))
+
+
+def show_ablation(settings: AblateSettings, out: Path, *, limit: float | None) -> None:
+    """Run what is open of an ablation, write its report, and print the table."""
+    screen = console()
+    if settings.is_tiny:
+        screen.print("[yellow]Tiny sizes: this shows that everything works, and none of its numbers means anything.[/yellow]")
+    outcome = run_ablation(settings, out, Screen(screen), gauge_of(settings.device), limit)
+    command = " ".join(["s2attn", *sys.argv[1:]]) if sys.argv[1:2] == ["ablate"] else "s2attn ablate"
+    page = write_report(outcome, out, command)
+    if outcome.runs:
+        screen.print(table(without(result_table(summary(outcome)), "seeds", "step memory", "KV cache"), "Results"))
+    if outcome.open:
+        screen.print(f"{len(outcome.open)} runs are open; the same command goes on with them.", style="yellow")
+    screen.print(f"Report: [bold]{page}[/bold]")

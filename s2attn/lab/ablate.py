@@ -1,0 +1,249 @@
+"""Ablation: recipes compared at equal tokens and equal listed pairs, over several seeds, in runs that can be stopped and go on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from s2attn.core import bad_value
+from s2attn.lab.ablate_match import Matched
+from s2attn.lab.ablate_settings import AblateSettings, Record, Scored
+from s2attn.lab.data import Corpus, Windows, read_corpus
+from s2attn.lab.describe import describe
+from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.progress import Show
+from s2attn.lab.tasks import Stretch, learn, score_task, task_named
+from s2attn.lab.train import Run, train_in_turn
+from s2attn.lab.training.files import write_file
+from s2attn.lab.training.place import Place, place_of
+
+
+class OutOfTime(Exception):
+    """The time of an ablation is over; what is finished lies in its folder."""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What knows the machine; the command line brings that of `s2attn.bench`, without it nothing is measured.
+
+    Attributes:
+        peak_bytes: by how much memory rises while a call runs, or None.
+        host: facts of the machine, kept with every run.
+    """
+
+    peak_bytes: Callable[[Callable[[], object]], int | None] = lambda call: None
+    host: Callable[[], Record] = dict
+
+
+NO_GAUGE = Gauge()
+
+
+@dataclass
+class Watch:
+    """A time budget: no run begins that would not end in time, and one that goes on beyond it is given up."""
+
+    seconds: float | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not self.seconds > 0:
+            raise bad_value("limit", "must be a positive number of seconds", self.seconds)
+
+    @property
+    def left(self) -> float:
+        return float("inf") if self.seconds is None else self.seconds - (time.perf_counter() - self.began)
+
+    def check(self) -> None:
+        if self.left < 0:
+            raise OutOfTime
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a run reports to, what may stop it, what measures it, and where it takes place."""
+
+    show: Show
+    watch: Watch
+    gauge: Gauge
+    place: Place
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an ablation left: the finished runs, those still open as (recipe, seed), and the recipes with their pairs."""
+
+    settings: AblateSettings
+    recipes: Sequence[Matched]
+    runs: Mapping[tuple[str, int], Record]
+
+    @property
+    def open(self) -> list[tuple[str, int]]:
+        return [(name, seed) for seed in self.settings.seeds for name in self.settings.recipes if (name, seed) not in self.runs]
+
+
+def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge = NO_GAUGE, limit: float | None = None) -> Outcome:
+    """Run what is still open of an ablation; each finished run is a file ``runs/RECIPE-seedN.json`` in ``out``.
+
+    A run that was stopped leaves no file and begins anew; finished ones are never repeated. All recipes of a seed come before the next
+    seed, so that what an early end leaves can be compared.
+
+    Args:
+        gauge: measures memory, and tells on which machine.
+        limit: seconds; no run begins that would take longer than is left, as judged by the finished ones.
+
+    Raises:
+        ValueError: ``out`` holds runs of other settings, the device is not there, or several processes were started.
+    """
+    with place_of(settings.device) as place:
+        if place.ranks > 1:
+            raise bad_value("WORLD_SIZE", "must be 1: an ablation is one process", place.ranks)
+        return _run_open(settings, out, Surroundings(show, Watch(limit), gauge, place))
+
+
+def _run_open(settings: AblateSettings, out: Path, around: Surroundings) -> Outcome:
+    show, watch, recipes = around.show, around.watch, settings.matched()
+    done = dict(finished(settings, recipes, out))
+    outcome = Outcome(settings, recipes, done)
+    if not outcome.open:
+        return outcome
+    corpus = read_corpus(max_files=settings.max_files)
+    by_name = {one.name: one for one in recipes}
+    for name, seed in outcome.open:
+        usual = median([run["seconds"] for run in done.values()]) if done else 0.0
+        if usual > watch.left:
+            usually = f"a run takes {usual:.0f} s, and " if done else ""
+            show.note(f"stopped: {usually}{max(0.0, watch.left):.0f} s are left")
+            break
+        show.stage(f"{name}, seed {seed} ({len(done) + 1} of {len(settings.recipes) * len(settings.seeds)})")
+        try:
+            record = one_run(settings, by_name[name], seed, corpus, around)
+        except OutOfTime:
+            show.end()
+            show.note("stopped in the midst of this run: the time is over; it will begin anew")
+            break
+        write_json(record, _path(out, name, seed))
+        done[name, seed] = record
+    return outcome
+
+
+def _path(out: Path, name: str, seed: int) -> Path:
+    return out / "runs" / f"{name}-seed{seed}.json"
+
+
+def finished(settings: AblateSettings, recipes: Sequence[Matched], out: Path) -> Iterator[tuple[tuple[str, int], Record]]:
+    """The runs in ``out`` that belong to these settings.
+
+    Raises:
+        ValueError: a file cannot be read, or comes from other settings, which are named.
+    """
+    facts = settings.facts()
+    for seed in settings.seeds:
+        for one in recipes:
+            path = _path(out, one.name, seed)
+            if not path.is_file():
+                continue
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                made_with, recipe = record["made_with"], record["recipe"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise bad_value("out", f"must hold readable runs ({error!r}); delete the file to run it again", path) from None
+            differ = sorted(key for key in {*facts, *made_with} if facts.get(key) != made_with.get(key))
+            if recipe != json.loads(one.recipe.to_json()):
+                differ.append("recipe")
+            if differ:
+                raise bad_value("out", f"must be a folder of the same settings; {', '.join(differ)} differ", path)
+            yield (one.name, seed), record
+
+
+def write_json(values: Any, path: Path) -> Path:
+    """Write a JSON file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(values, indent=1) + "\n")
+    return path
+
+
+def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus, around: Surroundings) -> Record:
+    """Train a language model on text and another one on the tasks, from the same start; everything that is reported of them."""
+    began = time.perf_counter()
+    config = settings.model.with_recipe(recipe.recipe)
+    record: Record = {"name": recipe.name, "seed": seed, "made_with": settings.facts(), "recipe": json.loads(recipe.recipe.to_json())}
+    record["host"] = around.gauge.host()
+    record["text"] = _learn_text(settings, config, seed, corpus, around)
+    record["memory"] = memory_of(settings, config, seed, corpus, around)
+    record["tasks"] = _learn_tasks(settings.tasks, config, seed, around) if settings.tasks.names else None
+    record["seconds"] = time.perf_counter() - began
+    return record
+
+
+def _feed(settings: AblateSettings, corpus: Corpus, seed: int) -> Windows:
+    text = settings.text
+    return Windows(corpus.train, corpus.validation, text.batch, text.context, seed, text.eval_windows)
+
+
+def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, around: Surroundings) -> Record:
+    show, watch = around.show, around.watch
+    run = Run("text", LanguageModel(config, seed=seed), replace(settings.text, seed=seed), place=around.place)
+
+    def log(entry: Record) -> None:
+        watch.check()
+        if "loss" in entry:
+            show.advance(f"loss {entry['loss']:.2f}")
+
+    show.begin(settings.text.steps, "steps of text")
+    train_in_turn([run], _feed(settings, corpus, seed), log)
+    show.end()
+    curve = [[entry["step"], entry["validation_loss"]] for entry in run.history if "validation_loss" in entry]
+    found = {**run.summary(), "validation": curve}
+    show.note(f"validation loss {found['validation_loss']:.3f} nats/byte, {found['bytes_per_second']:,.0f} tokens/s")
+    return found
+
+
+def _learn_tasks(tasks: Scored, config: ModelConfig, seed: int, around: Surroundings) -> Record:
+    show, watch = around.show, around.watch
+    run = Run("tasks", LanguageModel(config, seed=seed), replace(tasks.train, seed=seed), place=around.place)
+    kinds = [task_named(name) for name in tasks.names]
+
+    def log(entry: Record) -> None:
+        watch.check()
+        show.advance(f"{entry['task']} at {entry['length']}: loss {entry['loss']:.2f}")
+
+    show.begin(tasks.train.steps, "steps of tasks")
+    learn(run, kinds, tasks.curriculum, log)
+    show.end()
+    stretch = None if tasks.stretch is None else Stretch(tasks.curriculum.end, tasks.stretch)
+    found = []
+    for kind in kinds:
+        watch.check()
+        # All recipes and seeds answer the same questions, which no training asks.
+        asked = score_task(run.model, kind, lengths=tasks.lengths, depths=tasks.depths, samples=tasks.samples, stretch=stretch)
+        found.append(asked.to_dict())
+        show.note(f"{kind.name}: {100 * asked.mean:.0f} % exact answers over all depths and lengths")
+    losses = [[entry["step"], entry["task"], entry["length"], entry["loss"]] for entry in run.history]
+    return {"scores": found, "losses": losses, "tokens": tasks.tokens}
+
+
+def memory_of(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, around: Surroundings) -> Record:
+    """What a recipe costs in memory: by how much it rises in a training step, and the KV cache of a server after eviction.
+
+    Returns:
+        ``step_bytes``: of forward and backward, None where nobody measures. ``cache_bytes``: keys and values of one sequence of the text's
+        length that a server keeps (None where that cannot be known), and ``dense_cache_bytes`` all of them.
+    """
+    run = Run("memory", LanguageModel(config, seed=seed), settings.text, place=around.place)
+    batch = _feed(settings, corpus, seed).train(0).to(around.place.device)
+
+    def step() -> None:
+        run.loss(batch).backward()
+
+    # The first one also builds layouts and gradients, which stay.
+    step()
+    report = describe(
+        config.recipe, config.heads, config.kv_heads, settings.text.context, layers=config.layers, head_dim=config.head_dim, dtype_bytes=4
+    )
+    cache = {"cache_bytes": report.cache_bytes, "dense_cache_bytes": report.dense_cache_bytes}
+    return {"step_bytes": around.gauge.peak_bytes(step), **cache}

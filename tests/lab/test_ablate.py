@@ -1,0 +1,260 @@
+"""Ablations: equal tokens, one file per run, a stopped one goes on, a time budget holds, other settings are refused, the report is true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+from s2attn import Recipe
+from s2attn.lab import ablate
+from s2attn.lab.ablate import Gauge, Outcome, Watch, run_ablation
+from s2attn.lab.ablate_report import mean_scores, plan_table, result_table, summary, write_report
+from s2attn.lab.ablate_settings import AblateSettings
+from s2attn.lab.data import Windows, read_corpus
+from s2attn.lab.model import LanguageModel
+from s2attn.lab.progress import Show
+from s2attn.lab.tasks import Scores
+from s2attn.lab.train import Run
+from s2attn.lab.training.place import Place
+
+TINY = replace(AblateSettings.of("tiny").with_steps(3, 2), recipes=("dense", "s2", "s2+1"))
+
+
+class Silent(Show):
+    """Keeps the titles of stages and the notes, and may stop at a stage as a killed process would."""
+
+    def __init__(self, stop_at: int | None = None):
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+        self.stop_at = stop_at
+
+    def stage(self, title: str) -> None:
+        self.stages.append(title)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def begin(self, total: int, unit: str) -> None: ...
+
+    def advance(self, text: str = "") -> None:
+        if len(self.stages) == self.stop_at:
+            raise KeyboardInterrupt
+
+    def end(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    out = tmp_path_factory.mktemp("whole")
+    host = {"processor": "abacus", "cores": 1, "torch": "2", "s2attn": "0"}
+    return run_ablation(TINY, out, Silent(), Gauge(lambda call: 5 << 20, lambda: host)), out
+
+
+def losses(outcome: Outcome) -> dict[tuple[str, int], Any]:
+    return {key: (run["text"]["validation"], run["tasks"]["scores"], run["tasks"]["losses"]) for key, run in outcome.runs.items()}
+
+
+def test_every_run_is_a_file_and_reads_the_same_tokens(whole: tuple[Outcome, Path]) -> None:
+    outcome, out = whole
+    assert sorted(path.name for path in (out / "runs").iterdir()) == sorted(
+        f"{name}-seed{seed}.json" for name in TINY.recipes for seed in (0, 1)
+    )
+    assert outcome.open == [] and len(outcome.runs) == 6
+    assert {run["text"]["bytes_read"] for run in outcome.runs.values()} == {3 * 256}
+    assert {run["tasks"]["tokens"] for run in outcome.runs.values()} == {2 * 256}
+    assert {run["text"]["parameters"] for run in outcome.runs.values()} == {LanguageModel(TINY.model).num_parameters}
+    for (name, seed), run in outcome.runs.items():
+        assert json.loads((out / "runs" / f"{name}-seed{seed}.json").read_text()) == run
+        assert Recipe.from_json(json.dumps(run["recipe"])) == next(one.recipe for one in outcome.recipes if one.name == name)
+
+
+def test_a_run_is_what_plain_training_gives(whole: tuple[Outcome, Path]) -> None:
+    outcome, _ = whole
+    recipe = next(one.recipe for one in outcome.recipes if one.name == "s2")
+    run = Run("plain", LanguageModel(TINY.model.with_recipe(recipe), seed=1), replace(TINY.text, seed=1))
+    corpus = read_corpus(max_files=TINY.max_files)
+    feed = Windows(corpus.train, corpus.validation, TINY.text.batch, TINY.text.context, seed=1, windows=TINY.text.eval_windows)
+    for _ in range(3):
+        run.advance(feed)
+    assert outcome.runs["s2", 1]["text"]["validation_loss"] == run.evaluate(feed)["validation_loss"]
+
+
+def test_recipes_and_seeds_make_a_difference(whole: tuple[Outcome, Path]) -> None:
+    found = [run["text"]["validation_loss"] for run in whole[0].runs.values()]
+    assert len(set(found)) == 6
+
+
+def test_a_killed_ablation_goes_on_where_it_stopped(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(TINY, tmp_path, Silent(stop_at=3))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert sorted(path.name for path in files) == ["dense-seed0.json", "s2-seed0.json"]
+    rest = Silent()
+    outcome = run_ablation(TINY, tmp_path, rest)
+    assert [title.partition(" (")[0] for title in rest.stages] == ["s2+1, seed 0", "dense, seed 1", "s2, seed 1", "s2+1, seed 1"]
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "finished runs are left alone"
+    assert losses(outcome) == losses(whole[0])
+
+
+def test_a_finished_ablation_runs_nothing(whole: tuple[Outcome, Path]) -> None:
+    again = Silent()
+    assert losses(run_ablation(TINY, whole[1], again)) == losses(whole[0])
+    assert again.stages == []
+
+
+def test_more_recipes_and_seeds_may_join_later(whole: tuple[Outcome, Path]) -> None:
+    fewer = replace(TINY, recipes=("s2",), seeds=(1,), size="small")
+    assert list(run_ablation(fewer, whole[1], Silent()).runs) == [("s2", 1)]
+
+
+def test_the_time_budget_gives_up_a_run_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([9.0, 9.0, -1.0])
+    monkeypatch.setattr(Watch, "left", property(lambda self: next(left)))
+    show = Silent()
+    outcome = run_ablation(TINY, tmp_path, show, limit=9.0)
+    assert outcome.runs == {} and len(outcome.open) == 6 and not (tmp_path / "runs").exists()
+    assert len(show.stages) == 1 and "will begin anew" in show.notes[-1]
+
+
+def test_a_budget_that_is_spent_begins_nothing(tmp_path: Path) -> None:
+    show = Silent()
+    assert run_ablation(TINY, tmp_path, show, limit=1e-9).runs == {}
+    assert show.stages == [] and show.notes == ["stopped: 0 s are left"]
+
+
+def test_no_run_begins_that_would_not_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hour(*arguments: Any) -> dict[str, Any]:
+        return {**usual(*arguments), "seconds": 3600.0}
+
+    usual = ablate.one_run
+    monkeypatch.setattr(ablate, "one_run", hour)
+    show = Silent()
+    outcome = run_ablation(replace(TINY, seeds=(0,)), tmp_path, show, limit=1000.0)
+    assert list(outcome.runs) == [("dense", 0)] and outcome.open == [("s2", 0), ("s2+1", 0)]
+    assert len(show.stages) == 1 and "a run takes 3600 s" in show.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (replace(TINY, budget=0.5), "budget"),
+        (TINY.with_steps(text=9), "text"),
+        (TINY.with_steps(tasks=9), "tasks"),
+        (replace(TINY, model=replace(TINY.model, width=48)), "model"),
+    ],
+)
+def test_runs_of_other_settings_are_refused(whole: tuple[Outcome, Path], other: AblateSettings, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"out must be a folder of the same settings; {named} differ"):
+        run_ablation(other, whole[1], Silent())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "dense"}'])
+def test_a_broken_file_is_named_and_not_overwritten(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "runs" / "dense-seed0.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"out must hold readable runs .*dense-seed0.json"):
+        run_ablation(TINY, tmp_path, Silent())
+    assert path.read_text() == text
+
+
+def test_the_summary_is_that_of_the_runs(whole: tuple[Outcome, Path]) -> None:
+    outcome, _ = whole
+    found = {one["name"]: one for one in summary(outcome)}
+    values = [outcome.runs["s2", seed]["text"]["validation_loss"] for seed in (0, 1)]
+    dense = [outcome.runs["dense", seed]["text"]["validation_loss"] for seed in (0, 1)]
+    assert found["s2"]["validation_loss"] == {"mean": mean(values), "sd": stdev(values), "values": values}
+    assert found["s2"]["vs_dense"]["values"] == pytest.approx([a / b - 1 for a, b in zip(values, dense, strict=True)])
+    assert found["dense"]["vs_dense"]["mean"] == 0
+    assert found["s2"]["equal_pairs"] and not found["dense"]["equal_pairs"] and found["s2"]["step_bytes"] == 5 << 20
+    exact = [Scores.from_dict(outcome.runs["s2", seed]["tasks"]["scores"][0]).mean for seed in (0, 1)]
+    assert found["s2"]["tasks"]["passkey"]["mean"] == mean(exact)
+
+
+def test_scores_of_seeds_are_averaged_cell_by_cell() -> None:
+    a = Scores("copy", (64, 128), (0.0, 1.0), 4, ((1.0, 0.5), (0.0, 0.0)), ((1.0, 1.0), (1.0, 1.0)))
+    b = replace(a, exact=((0.0, 0.5), (1.0, 0.5)))
+    assert mean_scores([a, b]).exact == ((0.5, 0.5), (0.5, 0.25))
+    assert mean_scores([a, b]).samples == 8
+
+
+def test_the_report_shows_everything_and_says_what_is_tiny(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
+    outcome, _ = whole
+    page = write_report(outcome, tmp_path, "s2attn ablate").read_text()
+    assert "none of its numbers means anything" in page and "abacus" in page and "Not finished" not in page
+    pictures = ["losses.png", "tasks.png", "heat-dense.png", "heat-s2.png", "heat-s2+1.png"]
+    assert all(f"]({name})" in page and (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    for cell in [*result_table(summary(outcome))[1], *plan_table(outcome.recipes, TINY.tolerance)[1]]:
+        assert cell.replace("|", "\\|") in page
+    assert json.loads((tmp_path / "results.json").read_text())["summary"] == summary(outcome)
+
+
+def test_the_report_of_an_unfinished_ablation_names_what_is_open(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
+    some = replace(whole[0], runs={("s2", 0): whole[0].runs["s2", 0]})
+    page = write_report(some, tmp_path, "s2attn ablate").read_text()
+    assert "Not finished: 5 of 6 runs are open: dense (seed 0), s2+1 (seed 0)" in page
+    (line,) = result_table(summary(some))[1:]
+    assert line[:2] == ["s2", "60.1 %"] and "±" not in "".join(line) and line[4] == "-"
+    none = replace(some, runs={})
+    assert "## Results" not in write_report(none, tmp_path, "s2attn ablate").read_text()
+
+
+def test_precision_reaches_both_trainings(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
+    settings = replace(TINY, recipes=("s2",), seeds=(1,)).with_precision("bfloat16")
+    (half,) = run_ablation(settings, tmp_path, Silent()).runs.values()
+    full = whole[0].runs["s2", 1]
+    for a, b in ((half["text"]["validation"], full["text"]["validation"]), (half["tasks"]["losses"], full["tasks"]["losses"])):
+        assert a != b and [row[-1] for row in a] == pytest.approx([row[-1] for row in b], rel=0.02)
+
+
+def test_an_ablation_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def two(device: str) -> Iterator[Place]:
+        yield Place(rank=1, ranks=2)
+
+    monkeypatch.setattr(ablate, "place_of", two)
+    with pytest.raises(ValueError, match="WORLD_SIZE must be 1: an ablation is one process; got 2"):
+        run_ablation(TINY, tmp_path, Silent())
+
+
+def test_pairs_that_are_not_equal_are_marked(tmp_path: Path) -> None:
+    settings = replace(TINY.with_steps(1), recipes=("s2+2",), seeds=(0,), budget=0.4, tasks=replace(TINY.tasks, names=()))
+    outcome = run_ablation(settings, tmp_path, Silent())
+    (line,) = result_table(summary(outcome))[1:]
+    assert line[1].endswith("(!)")
+    (planned,) = plan_table(outcome.recipes, settings.tolerance)[1:]
+    assert planned[4] == "no" and outcome.runs["s2+2", 0]["tasks"] is None
+
+
+def test_small_is_a_whole_ablation() -> None:
+    small = AblateSettings.of("small")
+    plain = {"dense", "window", "sink_window", "homogeneous", "s2", "ranges", "power", "dilated", "longnet"}
+    assert set(small.recipes) == plain | {"s2+1", "s2+2"}
+    assert all(one.within(small.tolerance) for one in small.matched())
+    assert len(small.seeds) == 3 and small.tasks.curriculum.step_tokens * small.tasks.train.steps == small.tasks.tokens
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AblateSettings.of("huge"), r"size must be one of tiny, small; got 'huge'"),
+        (lambda: replace(TINY, recipes=("chess",)), r"recipes must be among dense, .*; got 'chess'"),
+        (lambda: replace(TINY, recipes=()), r"recipes and seeds must not be empty"),
+        (lambda: replace(TINY, seeds=(1, 1)), r"seeds must not repeat; got \(1, 1\)"),
+        (lambda: replace(TINY.tasks, names=("chess",)), r"task must be one of passkey"),
+        (lambda: replace(TINY.tasks, lengths=(32,), names=("recall",)), r"task lengths must be at least 60 for recall"),
+        (lambda: replace(TINY.tasks, stretch="yarn"), r"Stretch method must be one of interpolation, ntk"),
+        (lambda: TINY.with_steps(text=0), r"steps must be an integer >= 1; got 0"),
+        (lambda: Watch(-1.0), r"limit must be a positive number of seconds; got -1.0"),
+    ],
+)
+def test_bad_settings_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
