@@ -37,10 +37,6 @@ class Rows:
         """Row numbers, by broadcasting; pages of a cache stand in the place of batch entries."""
         return batch * self.s0 + token * self.s1 + head * self.s2
 
-    def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows ``index`` in that dtype, ``(*index.shape, width)``."""
-        return self.table.index_select(0, index.flatten()).view(*index.shape, -1).to(dtype)
-
 
 @cache
 def keep_freed_memory() -> None:
