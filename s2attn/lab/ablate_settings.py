@@ -50,7 +50,7 @@ class Scored:
         return self.train.steps * self.curriculum.step_tokens if self.names else 0
 
 
-SMALL = ModelConfig(layers=8, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
+SMALL = ModelConfig(layers=8, width=64, heads=4, kv_heads=2, head_dim=16, hidden=192)
 TINY = ModelConfig(layers=4, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48)
 
 
@@ -108,9 +108,9 @@ class AblateSettings:
             learning = TrainConfig(steps=4, warmup=1, eval_every=2, eval_windows=2, batch=1, context=256)
             tasks = Scored(("passkey", "recall"), learning, Curriculum(64, 128, 256), (64, 128), (0.0, 1.0), samples=2)
             return cls(size, TINY, learning, tasks, 0.6, tuple(designs(TINY.layers)), seeds=(0, 1), max_files=4)
-        text = TrainConfig(steps=400, batch=1, context=1024, eval_every=50, eval_windows=16)
-        learning = TrainConfig(steps=1200, warmup=40, learning_rate=2e-3, weight_decay=0.01)
-        tasks = Scored(("passkey", "needle", "recall"), learning, Curriculum(64, 1024, 1024), (256, 512, 1024, 2048))
+        text = TrainConfig(steps=1000, batch=1, context=1024, eval_every=200, eval_windows=32)
+        learning = TrainConfig(steps=1200, warmup=40, learning_rate=3e-3, weight_decay=0.01)
+        tasks = Scored(("passkey", "recall"), learning, Curriculum(64, 1024, 1024), (256, 512, 1024, 2048))
         return cls(size, SMALL, text, tasks, 0.3, tuple(designs(SMALL.layers)))
 
     @property
