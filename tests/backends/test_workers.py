@@ -11,7 +11,7 @@ import torch
 
 from s2attn.backends import Backend, get_backend
 from s2attn.backends.portable import run as walk
-from s2attn.backends.portable.workers import in_order
+from s2attn.backends.portable.workers import alone, in_order, usual_threads
 from s2attn.testing.problems import random_problem, run
 
 CPU = torch.device("cpu")
@@ -28,10 +28,45 @@ def test_results_come_in_order() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_each_piece_computes_alone_and_without_autograd() -> None:
-    seen = list(in_order(lambda i: (torch.get_num_threads(), torch.is_grad_enabled(), threading.get_ident()), range(8), CPU))
+    def work(i: int) -> tuple[int, bool, int]:
+        time.sleep(0.002)
+        return torch.get_num_threads(), torch.is_grad_enabled(), threading.get_ident()
+
+    seen = list(in_order(work, range(12), CPU))
     assert {threads for threads, _, _ in seen} == {1} and not any(grad for _, grad, _ in seen)
-    assert threading.get_ident() not in {ident for _, _, ident in seen}
+    assert len({ident for _, _, ident in seen}) == 2 and threading.get_ident() in {ident for _, _, ident in seen}
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_caller_does_not_wait_for_a_slow_piece() -> None:
+    slow = threading.Event()
+
+    def work(i: int) -> int:
+        if i == 0 and threading.current_thread() is not threading.main_thread():
+            assert slow.wait(10)  # until all others are done
+        elif i == 3:
+            slow.set()
+        return i
+
+    assert list(in_order(work, range(4), CPU)) == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_first_error_in_order_is_raised() -> None:
+    def fail(i: int) -> None:
+        time.sleep(0.01 if i == 0 else 0.0)
+        raise ValueError(f"piece {i}")
+
+    with pytest.raises(ValueError, match="piece 0"):
+        list(in_order(fail, range(6), CPU))
+
+
+def test_alone_says_how_many_threads_there_usually_are() -> None:
+    torch.set_num_threads(3)
+    with alone() as outer, alone() as inner:
+        assert (outer, inner, usual_threads(), torch.get_num_threads()) == (3, 3, 3, 1)
+    assert usual_threads() == torch.get_num_threads() == 3
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -12,7 +12,7 @@ from s2attn.layout.groups import ABSENT, group_rows, unique_heads
 
 MOST_ROWS = 256
 """Query rows that share one gathered key block at most; more rows waste more on the union of their lists."""
-GATHER_ROWS = 64
+GATHER_ROWS = 16
 """What gathering a key block costs, counted in query rows that attend to it (measured at D = 64 on two CPU cores)."""
 
 

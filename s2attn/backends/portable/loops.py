@@ -51,6 +51,14 @@ def logits(q: Tensor, k: Tensor, softcap: float, onednn: bool) -> Tensor:
     return scores
 
 
+def rows_of(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows in that dtype."""
+    some = table.index_select(0, rows)
+    if some.dtype != dtype:
+        some = some.to(dtype)
+    return some
+
+
 def attend_items(
     q: Tensor,
     k_table: Tensor,
@@ -59,12 +67,12 @@ def attend_items(
     v_rows: Tensor,
     mask: Optional[Tensor],
     kind: List[int],
-    floor: Optional[Tensor],
+    sinks: Optional[Tensor],
     softcap: float,
     step: int,
     onednn: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Weighted values ``(N, M, Dv)``, the largest logits in base 2 and the sums of weights ``(N, M, 1)``.
+) -> Tuple[Tensor, Tensor]:
+    """``out (N, M, Dv)`` and ``lse (N, M)``.
 
     Args:
         q: ``(N, M, D)``, with the scale in it.
@@ -72,37 +80,44 @@ def attend_items(
         k_rows, v_rows: ``(N, C)`` int64 rows of them.
         mask: None, or ``(kinds, M, hidden)``, added to the logits of the last keys.
         kind: of each item, which mask.
-        floor: None, or ``(N, M, 1)``: no maximum is less.
+        sinks: None, or ``(N, M, 1)`` logits in base 2.
         softcap: in base 2, 0 for none; ``q`` is then divided by it.
         step: keys that are attended to at a time.
     """
     items, rows, keys = q.size(0), q.size(1), k_rows.size(1)
-    out = q.new_empty([items, rows, v_table.size(1)])
-    top, total = q.new_empty([items, rows, 1]), q.new_empty([items, rows, 1])
+    out, lse = q.new_empty([items, rows, v_table.size(1)]), q.new_empty([items, rows, 1])
+    nothing = torch.empty([0, 1], dtype=q.dtype)
     for i in range(items):
-        best = torch.full([rows, 1], -1e30, dtype=q.dtype)  # `LOWEST`: the interpreter knows no globals
-        if floor is not None:
-            best = floor[i]
+        best, total, sums = nothing, nothing, nothing  # torch's interpreter wants them known here
+        if sinks is not None:
+            best = sinks[i].clamp(min=-1e30)  # `LOWEST`: the interpreter knows no globals
         for low in range(0, keys, step):
             high = min(low + step, keys)
-            scores = logits(q[i], k_table.index_select(0, k_rows[i, low:high]).to(q.dtype), softcap, onednn)
+            scores = logits(q[i], rows_of(k_table, k_rows[i, low:high], q.dtype), softcap, onednn)
             if mask is not None:
                 seen = keys - mask.size(2)  # keys before those that are masked
                 if high > seen:
                     scores[:, max(seen - low, 0) :] += mask[kind[i], :, max(low - seen, 0) : high - seen]
-            new = torch.maximum(torch.amax(scores, [-1], True), best)
+            new = torch.amax(scores, [-1], True)
+            if low == 0 and sinks is None:
+                new.clamp_(min=-1e30)
+            else:
+                new = torch.maximum(new, best)
             p = scores.sub_(new).exp2_()
-            values = product(p, v_table.index_select(0, v_rows[i, low:high]).to(q.dtype).t(), None, onednn)
+            values = product(p, rows_of(v_table, v_rows[i, low:high], q.dtype).t(), None, onednn)
             if low == 0:
-                torch.sum(p, [-1], True, out=total[i])
-                out[i].copy_(values)
+                total, sums = p.sum([-1], True), values
             else:
                 scale = (best - new).exp2_()
-                total[i].mul_(scale).add_(p.sum([-1], True))
-                out[i].mul_(scale).add_(values)
+                total.mul_(scale).add_(p.sum([-1], True))
+                sums.mul_(scale).add_(values)
             best = new
-        top[i].copy_(best)
-    return out, top, total
+        if sinks is not None:
+            total.add_((sinks[i] - best).exp2_())
+        total.clamp_(min=1e-30)
+        torch.div(sums, total, out=out[i])
+        lse[i].copy_(total.log2_().add_(best).mul_(0.6931471805599453))  # ln 2
+    return out, lse[:, :, 0]
 
 
 def differentiate_items(
@@ -141,7 +156,7 @@ def differentiate_items(
         shift, minus_delta = lse[i].neg(), delta[i].neg()
         for low in range(0, keys, step):
             high = min(low + step, keys)
-            k = k_table.index_select(0, k_rows[i, low:high]).to(q.dtype)
+            k = rows_of(k_table, k_rows[i, low:high], q.dtype)
             bent: Optional[Tensor] = None
             if softcap == 0.0:
                 p = product(k, my_q, shift, onednn)  # (C, M)
@@ -153,7 +168,7 @@ def differentiate_items(
                 if high > seen:
                     p[max(seen - low, 0) :] += mask[kind[i], :, max(low - seen, 0) : high - seen].t()
             p.exp2_()
-            ds = product(v_table.index_select(0, v_rows[i, low:high]).to(q.dtype), dout[i], minus_delta, onednn).mul_(p)
+            ds = product(rows_of(v_table, v_rows[i, low:high], q.dtype), dout[i], minus_delta, onednn).mul_(p)
             if bent is not None:
                 ds.mul_(bent.square_().neg_().add_(1.0))
             dv[i, low:high].copy_(product(p, dout_t, None, onednn))

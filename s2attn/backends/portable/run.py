@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -18,7 +19,7 @@ from s2attn.backends.portable.plan import MOST_KINDS, Plan, Run
 from s2attn.backends.portable.rows import Rows, add_blocks, keep_freed_memory
 from s2attn.backends.portable.thin import Band, attend_band, bands_of, thin_runs
 from s2attn.backends.portable.tile import Keys, Places, Tile, choose_tile
-from s2attn.backends.portable.workers import in_order
+from s2attn.backends.portable.workers import alone_on, in_order, usual_threads
 from s2attn.layout import Layout
 
 CHUNK_BYTES = 8 << 20
@@ -57,6 +58,11 @@ class Work:
             return self
         k, v, plan = self.paged.copied(self.plan, self.dtype)
         return replace(self, k=k, v=v, plan=plan, paged=None)
+
+    @property
+    def thin(self) -> int:
+        """How many of the first runs have so few rows that their blocks are attended together."""
+        return 0 if self.tile else thin_runs(self.plan, self.q.device, (self.k.shape[3], self.v.shape[3]))
 
     @property
     def how(self) -> Tile:
@@ -107,7 +113,7 @@ def _chunk_ends(work: Work, first: int) -> list[int]:
     used = np.cumsum(np.repeat(held, [run.high - run.low for run in runs])) * work.plan.block * work.dtype.itemsize
     budget, ends = CHUNK_BYTES_ELSEWHERE, [0]
     if work.q.device.type == "cpu":
-        budget = min(CHUNK_BYTES, used[-1] // (4 * torch.get_num_threads()))
+        budget = min(CHUNK_BYTES, used[-1] // (4 * usual_threads()))
     while ends[-1] < len(used):
         before = used[ends[-1] - 1] if ends[-1] else 0
         ends.append(max(ends[-1] + 1, int(np.searchsorted(used, before + budget, side="right"))))
@@ -198,20 +204,21 @@ def _table(x: Tensor) -> Tensor:
 
 def run_forward(work: Work) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of the whole problem."""
-    out, lse = _forward(work)
-    if not bool(out.sum().isfinite()):
-        work = work.contiguous()
-        broken = _broken(work)
-        if bool(broken.any()):
-            seen = _sees(work, broken)
-            out, lse = _forward(_without(work, broken))
-            out.masked_fill_(seen[..., None], torch.nan)
-            lse.masked_fill_(seen, torch.nan)
-    return out.to(work.q.dtype), lse.transpose(1, 2).contiguous()
+    with nullcontext() if work.thin else alone_on(work.q.device):
+        out, lse, finite = _forward(work)
+        if not finite:
+            work = work.contiguous()
+            broken = _broken(work)
+            if bool(broken.any()):
+                seen = _sees(work, broken)
+                out, lse, _ = _forward(_without(work, broken))
+                out.masked_fill_(seen[..., None], torch.nan)
+                lse.masked_fill_(seen, torch.nan)
+        return out.to(work.q.dtype), lse.transpose(1, 2).contiguous()
 
 
-def _forward(work: Work) -> tuple[Tensor, Tensor]:
-    """``(B, T, H, Dv)`` and ``(B, T, H)`` in the computing dtype."""
+def _forward(work: Work) -> tuple[Tensor, Tensor, bool]:
+    """``(B, T, H, Dv)`` and ``(B, T, H)`` in the computing dtype, and whether their sum is finite."""
     shape, width = work.q.shape[:3], work.v.shape[3]
     out = _row_table(work, width)
     sinks = None if work.scoring.sinks is None else work.scoring.sinks.to(work.dtype)
@@ -221,11 +228,10 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
         lse = sinks.repeat(shape[:2].numel())
     walker, tile = Walker(work, masks_by_key=False), work.how
 
-    def attend(chunk: Chunk) -> None:
+    def attend(chunk: Chunk) -> Tensor:
         q, place = walker.queries(chunk.rows)
         k, v = walker.keys(chunk.entries)
-        new, new_lse = q.new_empty(len(q), width), q.new_empty(len(q))
-        my_sinks = None if sinks is None else sinks[place % shape[2]]
+        my_sinks, total = None if sinks is None else sinks[place % shape[2]], q.new_zeros(())
         for stack in chunk.stacks:
             rows, run, keys = stack.rows, stack.run, walker.stack(stack, k, v)
             if my_sinks is not None:
@@ -235,18 +241,24 @@ def _forward(work: Work) -> tuple[Tensor, Tensor]:
             if masks is not None:  # some rows may see nothing
                 blind = (masks == -torch.inf).all(-1)
                 part_lse = part_lse.masked_fill(blind, -torch.inf) if keys.sinks is None else torch.where(blind, keys.sinks, part_lse)
-            new[rows], new_lse[rows] = part.reshape(-1, width), part_lse.reshape(-1)
-        out.index_copy_(0, place, new)
-        lse.index_copy_(0, place, new_lse)
+            out.index_copy_(0, place[rows], part.view(-1, width))
+            lse.index_copy_(0, place[rows], part_lse.reshape(-1))
+            total += part.sum()
+        return total
 
-    thin = 0 if work.tile else thin_runs(work.plan, work.q.device, (work.k.shape[3], width))
+    sums = []
+    thin = work.thin
     for band in bands_of(work.plan) if thin else []:
         place, part, part_lse = _attend_band(work, walker, band, sinks)
         out.index_copy_(0, place, part)
         lse.index_copy_(0, place, part_lse)
-    for _ in in_order(attend, list(chunks(work, thin)), work.q.device):
-        pass
-    return out.view(*shape, width), lse.view(shape)
+        sums.append(part.sum())
+    sums += in_order(attend, list(chunks(work, thin)), work.q.device)
+    return out.view(*shape, width), lse.view(shape), _finite(sums)
+
+
+def _finite(sums: list[Tensor]) -> bool:
+    return not sums or bool(torch.cat([some.view(-1) for some in sums]).isfinite().all())
 
 
 def _attend_band(work: Work, walker: Walker, band: Band, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,22 +280,26 @@ def _row_table(work: Work, width: int) -> Tensor:
 
 def run_backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of the whole problem."""
-    lse = lse.transpose(1, 2)
-    dlse = None if dlse is None else dlse.transpose(1, 2)
-    dq, dk, dv = _backward(work, dout, dlse, out, lse)
-    if not bool((dq.sum() + dk.sum() + dv.sum()).isfinite()):
-        broken = _broken(work)
-        if bool(broken.any()):
-            seen = _sees(work, broken)
-            dout, out = (x.masked_fill(seen[..., None], 0.0) for x in (dout, out))
-            dlse = None if dlse is None else dlse.masked_fill(seen, 0.0)
-            dq, dk, dv = _backward(_without(work, broken), dout, dlse, out, lse.masked_fill(seen, -torch.inf))
-            dq.masked_fill_(seen[..., None], torch.nan)
-    return dq.to(work.q.dtype), dk.to(work.k.dtype), dv.to(work.v.dtype)
+    with alone_on(work.q.device):
+        lse = lse.transpose(1, 2)
+        dlse = None if dlse is None else dlse.transpose(1, 2)
+        dq, dk, dv, finite = _backward(work, dout, dlse, out, lse)
+        if not finite:
+            broken = _broken(work)
+            if bool(broken.any()):
+                seen = _sees(work, broken)
+                dout, out = (x.masked_fill(seen[..., None], 0.0) for x in (dout, out))
+                dlse = None if dlse is None else dlse.masked_fill(seen, 0.0)
+                dq, dk, dv, _ = _backward(_without(work, broken), dout, dlse, out, lse.masked_fill(seen, -torch.inf))
+                dq.masked_fill_(seen[..., None], torch.nan)
+        return dq.to(work.q.dtype), dk.to(work.k.dtype), dv.to(work.v.dtype)
 
 
-def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients ``(B, T, H, D)``, ``(B, S, G, D)``, ``(B, S, G, Dv)`` in the computing dtype; lse and dlse are ``(B, T, H)``."""
+def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Gradients ``(B, T, H, D)``, ``(B, S, G, D)``, ``(B, S, G, Dv)`` in the computing dtype, and whether their sums are finite.
+
+    lse and dlse are ``(B, T, H)``.
+    """
     plan, dtype, width = work.plan, work.dtype, work.k.shape[3]
     lanes, count = work.k.shape[0] * work.k.shape[2], len(plan.key_start)
     dq = _row_table(work, width)
@@ -294,7 +310,7 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
     lses = lses.masked_fill(lses == -torch.inf, torch.inf)
     dlses = None if dlse is None else dlse.reshape(-1).to(dtype)
 
-    def differentiate(chunk: Chunk) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def differentiate(chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
         q, place = walker.queries(chunk.rows)
         k, v = walker.keys(chunk.entries)
         where = plan.entry_lane[chunk.entries] * count + plan.entry_block[chunk.entries]
@@ -310,13 +326,15 @@ def _backward(work: Work, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
             new[rows] = grads[0].reshape(-1, width)
             found.append((where[stack.entries], grads[1], grads[2]))
         dq.index_copy_(0, place, new)
-        return found
+        return found, torch.stack([new.sum(), *(part.sum() for _, *parts in found for part in parts)])
 
-    for found in in_order(differentiate, list(chunks(work)), work.q.device):
+    sums = []
+    for found, new_sums in in_order(differentiate, list(chunks(work)), work.q.device):
+        sums.append(new_sums)
         for where, dk_part, dv_part in found:
             add_blocks(dk, where, dk_part.reshape(-1, dk.shape[1]))
             add_blocks(dv, where, dv_part.reshape(-1, dv.shape[1]))
-    return dq.view(work.q.shape), _by_token(dk, work, width), _by_token(dv, work, work.v.shape[3])
+    return dq.view(work.q.shape), _by_token(dk, work, width), _by_token(dv, work, work.v.shape[3]), _finite(sums)
 
 
 def _by_token(blocks: Tensor, work: Work, width: int) -> Tensor:

@@ -155,11 +155,9 @@ class LoopTile:
 
     def attend(self, q: Tensor, keys: Keys, scoring: Scoring) -> tuple[Tensor, Tensor]:
         sinks, softcap = keys.sinks_log2(), 0.0 if scoring.softcap is None else scoring.softcap * LOG2_E
-        floor = None if sinks is None else sinks.clamp(min=LOWEST)
         places = keys.k.table, keys.k.rows, keys.v.table, keys.v.rows
         how = softcap, step_keys(q.shape[1]), has_onednn()
-        out, top, total = self._attend(q * factor(scoring), *places, keys.mask, keys.kinds(), floor, *how)
-        return normalize(out, top, total, sinks)
+        return self._attend(q * factor(scoring), *places, keys.mask, keys.kinds(), sinks, *how)
 
     def attend_backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, keys: Keys, out: Tensor, lse: Tensor, scoring: Scoring
