@@ -102,6 +102,10 @@ class Matched:
         """Whether it counts as equal work."""
         return abs(self.error) <= tolerance
 
+    def equal(self, tolerance: float) -> bool:
+        """Whether it was matched, and counts as equal work: what the dense reference never does."""
+        return self.wanted is not None and self.within(tolerance)
+
 
 def _strides(shape: Shape, density: float, make: Callable[[int], Pattern], factor: float = 1.0) -> Iterator[Pattern]:
     """Strides s of density ``factor / s``, by how nearly they take half; first those small enough for the heads to cover all blocks."""
