@@ -155,14 +155,11 @@ class AblateSettings:
         >>> AblateSettings.from_facts(tiny.facts(), tiny.size, tiny.recipes, tiny.seeds) == tiny
         True
         """
-        tasks = {
-            **facts["tasks"],
-            "train": TrainConfig(**facts["tasks"]["train"]),
-            "curriculum": Curriculum(**facts["tasks"]["curriculum"]),
-        }
-        tasks.update({name: tuple(tasks[name]) for name in ("names", "lengths", "depths")})
-        parts = {"model": ModelConfig.from_json(json.dumps(facts["model"])), "text": TrainConfig(**facts["text"]), "tasks": Scored(**tasks)}
-        return cls(**{**facts, **parts, "size": size, "recipes": tuple(recipes), "seeds": tuple(seeds)})
+        asked, curriculum = facts["tasks"], Curriculum(**facts["tasks"]["curriculum"])
+        lists: Record = {name: tuple(asked[name]) for name in ("names", "lengths", "depths")}
+        tasks = Scored(**{**asked, **lists, "train": TrainConfig(**asked["train"]), "curriculum": curriculum})
+        parts: Record = {"model": ModelConfig.from_json(json.dumps(facts["model"])), "text": TrainConfig(**facts["text"]), "tasks": tasks}
+        return cls(**{**facts, **parts}, size=size, recipes=tuple(recipes), seeds=tuple(seeds))
 
     def matched(self) -> list[Matched]:
         """The recipes with their parameters, all of equal pairs where that is possible."""
