@@ -157,8 +157,9 @@ class AblateSettings:
         """
         asked, curriculum = facts["tasks"], Curriculum(**facts["tasks"]["curriculum"])
         lists: Record = {name: tuple(asked[name]) for name in ("names", "lengths", "depths")}
-        tasks = Scored(**{**asked, **lists, "train": TrainConfig(**asked["train"]), "curriculum": curriculum})
-        parts: Record = {"model": ModelConfig.from_json(json.dumps(facts["model"])), "text": TrainConfig(**facts["text"]), "tasks": tasks}
+        tasks: Record = {**asked, **lists, "train": TrainConfig(**asked["train"]), "curriculum": curriculum}
+        model, text = ModelConfig.from_json(json.dumps(facts["model"])), TrainConfig(**facts["text"])
+        parts: Record = {"model": model, "text": text, "tasks": Scored(**tasks)}
         return cls(**{**facts, **parts}, size=size, recipes=tuple(recipes), seeds=tuple(seeds))
 
     def matched(self) -> list[Matched]:
