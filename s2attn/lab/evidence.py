@@ -99,8 +99,8 @@ def timed_guidelines() -> list[str]:
         if key not in SECTIONS:
             parts += [
                 f"## {guideline.section}",
-                f"The guideline: {guideline.says}. The experiment: `{guideline.command}`, on a graphics card. What it costs is time, not "
-                "what a model learns: its outcome stands in [Performance](performance.md), where it was measured.",
+                f"The guideline: {guideline.says}. The experiment: `{guideline.experiment}`, on a graphics card. What it costs is time, "
+                "not what a model learns: its outcome stands in [Performance](performance.md), where it was measured.",
             ]
     return parts
 
@@ -115,7 +115,7 @@ def limits(records: Records) -> str:
     return (
         f"{said}. They read source code byte by byte, so that their losses compare with each other and with nothing else; the tasks "
         "are synthetic. A difference between recipes, or that there is none, may change with the size of the model, the number of tokens, "
-        "the length of the context and the kind of text: nothing here says that it holds for a model in use. Few seeds show the spread "
-        "of start and data roughly. All recipes train with the same learning rate, which was not tuned for any. No speeds are given: runs "
+        "the length of the context and the kind of text: nothing here says that it holds for a model in use. What the machines named "
+        "above can train in hours is far from that. Few seeds show the spread of start and data roughly. All recipes train with the same learning rate, which was not tuned for any. No speeds are given: runs "
         "may have shared a machine, which a record does not tell; [Performance](performance.md) is about time."
     )

@@ -28,8 +28,8 @@ def ablation_sections(records: Mapping[str, Record]) -> list[str]:
     parts += ["## Passkey far out", *_each(found, far_out, "s2attn ablate --tasks passkey")]
     for key, says in SECTIONS.items():
         guideline = GUIDELINES[key]
-        parts += [f"## {guideline.section}", f"The guideline: {guideline.says}. The experiment: `{guideline.command}`."]
-        parts += _each(found, _complete(guideline, says), guideline.command)
+        parts += [f"## {guideline.section}", f"The guideline: {guideline.says}. The experiment: `{guideline.experiment}`."]
+        parts += _each(found, _complete(guideline, says), guideline.experiment)
     return parts
 
 

@@ -15,12 +15,12 @@ class Guideline:
 
     Attributes:
         says: the guideline in a few words.
-        command: the experiment, as it is typed.
+        experiment: the command that puts it to the test.
         section: the heading of :data:`PAGE` under which its outcome stands.
     """
 
     says: str
-    command: str
+    experiment: str
     section: str
 
     @property
@@ -30,7 +30,7 @@ class Guideline:
         >>> GUIDELINES["heads"].recipes, GUIDELINES["even"].recipes
         (('dense', 'homogeneous', 's2'), ())
         """
-        found = re.fullmatch(r"s2attn ablate --recipes (\S+)", self.command)
+        found = re.fullmatch(r"s2attn ablate --recipes (\S+)", self.experiment)
         return tuple(found[1].split(",")) if found else ()
 
     @property
@@ -41,6 +41,26 @@ class Guideline:
         'docs/evidence.md#heads-that-differ'
         """
         return f"{PAGE}#{anchor(self.section)}"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A sentence about a pattern that does not follow a guideline; ``str(advice)`` is the sentence."""
+
+    text: str
+    guideline: Guideline
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def test(self) -> str:
+        """Where the guideline is put to the test.
+
+        >>> Advice("Heads do not differ.", GUIDELINES["heads"]).test
+        'Put to the test by s2attn ablate --recipes dense,homogeneous,s2: docs/evidence.md#heads-that-differ'
+        """
+        return f"Put to the test by {self.guideline.experiment}: {self.guideline.place}"
 
 
 def anchor(heading: str) -> str:
@@ -60,7 +80,7 @@ GUIDELINES: Mapping[str, Guideline] = {
     "heads": Guideline("heads should differ", _ablate("dense,homogeneous,s2"), "Heads that differ"),
     "union": Guideline("the union of the heads should cover the context", _ablate("dense,window,sink_window,s2"), "Cover of the context"),
     "dense": Guideline("some layers should stay dense", _ablate("dense,s2,s2+1,s2+2"), "Dense layers"),
-    "window": Guideline("every head should read a local window", _ablate("dense,window,s2"), "A local window"),
+    "window": Guideline("every head should read a local window", _ablate("dense,stripes,s2,window"), "A local window"),
     "far": Guideline("far keys may be sparser than near ones", _ablate("dense,s2,ranges,power,dilated,longnet"), "Far keys"),
     "dropped": Guideline("a dropped block should not come back", _ablate("dense,s2,power,dilated"), "Blocks that stay dropped"),
     "groups": Guideline(

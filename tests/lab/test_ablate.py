@@ -262,7 +262,7 @@ def test_pairs_that_are_not_equal_are_marked(tmp_path: Path) -> None:
 
 def test_small_is_a_whole_ablation() -> None:
     small = AblateSettings.of("small")
-    plain = {"dense", "window", "sink_window", "homogeneous", "s2", "ranges", "power", "dilated", "longnet"}
+    plain = {"dense", "window", "sink_window", "homogeneous", "s2", "stripes", "ranges", "power", "dilated", "longnet"}
     assert set(small.recipes) == plain | {"s2+1", "s2+2"}
     assert all(one.within(small.tolerance) for one in small.matched())
     assert len(small.seeds) == 3 and small.tasks.curriculum.step_tokens * small.tasks.train.steps == small.tasks.tokens
