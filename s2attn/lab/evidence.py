@@ -111,11 +111,11 @@ def limits(records: Records) -> str:
     said = "These are small models"
     if sizes:
         weights, tokens = max(one["parameters"] for one in sizes), max(one["bytes_read"] for one in sizes)
-        said += f": {weights:,} parameters at most, trained on {tokens:,} tokens at most"
+        said += f", what the machines named above can train: {weights:,} parameters at most, and {tokens:,} tokens of text at most"
     return (
         f"{said}. They read source code byte by byte, so that their losses compare with each other and with nothing else; the tasks "
         "are synthetic. A difference between recipes, or that there is none, may change with the size of the model, the number of tokens, "
-        "the length of the context and the kind of text: nothing here says that it holds for a model in use. What the machines named "
-        "above can train in hours is far from that. Few seeds show the spread of start and data roughly. All recipes train with the same learning rate, which was not tuned for any. No speeds are given: runs "
+        "the length of the context and the kind of text: nothing here says that it holds for a model in use. Few seeds show the spread "
+        "of start and data roughly. All recipes train with the same learning rate, which was not tuned for any. No speeds are given: runs "
         "may have shared a machine, which a record does not tell; [Performance](performance.md) is about time."
     )

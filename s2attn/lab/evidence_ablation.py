@@ -14,6 +14,7 @@ from s2attn.lab.guidelines import GUIDELINES, Guideline
 from s2attn.lab.paired import Paired
 from s2attn.lab.report_md import markdown, mebibytes
 from s2attn.lab.tasks import heat_map
+from s2attn.patterns import Or, Window
 
 LOSS_GOAL = 0.01
 """By so much, as a share, a hybrid's validation loss may lie above the dense one."""
@@ -193,7 +194,7 @@ def dense_layers(found: Found) -> Iterator[str]:
         off = found.loss_beside(name, "dense")
         if off is not None:
             near = "within" if off.mean <= LOSS_GOAL else "not within"
-            lines.append(f"* `{name}` ends {off.text('%')} from dense in validation loss: {near} {100 * LOSS_GOAL:g} %.")
+            lines += [f"{line} That is {near} {100 * LOSS_GOAL:g} % of the dense loss." for line in beside(found, name, "dense")]
     chain = [*(["s2"] if "s2" in found.names else []), *found.hybrids]
     for fewer, more in pairwise(chain):
         lines += beside(found, more, fewer)
@@ -246,8 +247,15 @@ def far_out(found: Found) -> Iterator[str]:
 
 
 def local_window(found: Found) -> Iterator[str]:
-    """What a window alone does, beside half a window and half far keys."""
-    yield from _list([*beside(found, "window", "dense"), *beside(found, "s2", "window")])
+    """A window alone, half of the pairs, and the narrowest one, by its width."""
+    lines = []
+    for one in found.recipes:
+        pattern = one.recipe.default
+        widths = [part.n for part in (pattern.parts if isinstance(pattern, Or) else (pattern,)) if isinstance(part, Window)]
+        if one.name in ("stripes", "s2", "window") and widths:
+            lines.append(f"* The window of `{one.name}` is {widths[0]} tokens wide.")
+    pairs = (("window", "dense"), ("s2", "window"), ("stripes", "s2"), ("stripes", "dense"))
+    yield from _list([*lines, *(line for pair in pairs for line in beside(found, *pair))])
 
 
 def far_keys(found: Found) -> Iterator[str]:
@@ -263,7 +271,8 @@ def stays_dropped(found: Found) -> Iterator[str]:
         kept, whole = one["cache_bytes"], one["dense_cache_bytes"]
         share = "-" if kept is None else f"{100 * kept / whole:.0f} %"
         density = f"{100 * one['density']:.1f} %"
-        lines.append([one["name"], density, mebibytes(kept), share, with_spread(one["vs_dense"], 100, 2, sign="+")])
+        loss = with_spread(one["vs_dense"], 100, 2, sign="+") if one["name"] != "dense" else ""
+        lines.append([one["name"], density, mebibytes(kept), share, loss])
     if len(lines) > 1:
         yield markdown(lines)
 

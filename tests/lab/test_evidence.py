@@ -105,7 +105,8 @@ def test_the_results_are_a_line_per_recipe() -> None:
 def test_targets_that_are_met() -> None:
     assert reached(MET) == [["met"], ["met"], ["met", "met", "met"], ["not measured"]]
     page = evidence_page({"small": MET})
-    assert "`s2+1` ends +0.58±0.12 % (+0.50 to +0.67) from dense in validation loss: within 1 %." in section(page, "Dense layers")
+    assert "`s2+1` beside `dense`, 2 seeds: loss +0.58±0.12 % (+0.50 to +0.67), beyond" in section(page, "Dense layers")
+    assert "That is within 1 % of the dense loss." in section(page, "Dense layers")
     assert "`s2` beside `homogeneous`, 2 seeds: loss -5.00±0.64 % (-5.45 to -4.55), beyond the seeds' spread" in page
     assert "passkey +12.5±0.0 points (+12.5 to +12.5), beyond the seeds' spread" in section(page, "Heads that differ")
 
@@ -117,7 +118,7 @@ def test_targets_that_are_missed_are_shown_as_missed() -> None:
     assert "`s2+1` at 512 tokens: 50 % at the worst depth and seed of 2 | `small` | **missed** |" in section(page, "Targets")
     said = section(page, "Heads that differ")
     assert "loss -0.23±7.39 % (-5.45 to +5.00), within the seeds' spread; passkey +0.0±0.0 points (+0.0 to +0.0), within" in said
-    assert "not within 1 %" in section(page, "Dense layers")
+    assert section(page, "Dense layers").count("That is not within 1 % of the dense loss.") == 2
 
 
 def test_the_same_direction_is_not_enough_against_the_spread() -> None:
@@ -136,7 +137,7 @@ def test_without_dense_its_target_is_not_measured() -> None:
     record = invented({"s2": [2.0, 3.0], "s2+1": [2.0, 2.9]})
     assert reached(record) == [["not measured"], ["met"], ["not measured"], ["not measured"]]
     said = section(evidence_page({"small": record}), "Dense layers")
-    assert "Not measured: `dense`, `s2+2`." in said and "`s2+1` beside `s2`" in said and "from dense" not in said
+    assert "Not measured: `dense`, `s2+2`." in said and "`s2+1` beside `s2`" in said and "of the dense loss" not in said
 
 
 def test_unequal_pairs_do_not_measure_heads() -> None:
@@ -169,6 +170,19 @@ def test_a_window_is_compared_length_by_length() -> None:
     assert "* recall at 256: `window` 100 %, 0 of the 3 other sparse recipes above it, the best `homogeneous` with 100 %." in said
     assert "* passkey at 512: `window` 88 %, 2 of the 3 other sparse recipes above it, the best `s2` with 100 %." in said
     assert "Not measured: `sink_window`." in said
+
+
+def test_the_cache_that_stays_is_beside_the_loss() -> None:
+    said = section(evidence_page({"small": MET}), "Blocks that stay dropped")
+    assert "| 0.0 MiB | 50 % |  |" in said and "| 0.0 MiB | 50 % | +4.50±0.71 |" in said and "Not measured: `power`, `dilated`." in said
+
+
+def test_windows_are_told_by_their_width() -> None:
+    record = invented({"dense": [2.0, 3.0], "stripes": [2.3, 3.4], "s2": [2.1, 3.12], "window": [2.2, 3.2]})
+    said = section(evidence_page({"small": record}), "A local window")
+    widths = [int(width) for width in re.findall(r"is (\d+) tokens wide", said)]
+    assert len(widths) == 3 and widths == sorted(widths) and "Not measured" not in said
+    assert "`stripes` beside `s2`, 2 seeds: loss +9.25±0.39 %" in said
 
 
 def test_a_large_model_on_a_card_is_what_the_last_target_asks_for() -> None:
