@@ -175,7 +175,7 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
 def _head(outcome: Outcome, host: Sequence[Record]) -> str:
     settings = outcome.settings
     lines = ["# Ablation"]
-    machines = sorted({machine_of(one) for one in host if one})
+    machines = sorted({_machine(one) for one in host if one})
     lines += [f"Machine: {one}" for one in machines]
     if len(machines) > 1:
         lines.append("**The runs come from several machines or versions: their speeds do not compare.**")
@@ -188,8 +188,7 @@ def _head(outcome: Outcome, host: Sequence[Record]) -> str:
     return "\n\n".join(lines)
 
 
-def machine_of(facts: Record) -> str:
-    """The machine and the versions, in words."""
+def _machine(facts: Record) -> str:
     card = f"{facts['gpu']}, " if "gpu" in facts else ""
     return f"{card}{facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, s2attn {facts['s2attn']}."
 

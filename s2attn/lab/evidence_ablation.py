@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from s2attn.lab.ablate_report import loss_chart, machine_of, mean_scores, plan_table, task_chart, with_spread
+from s2attn.lab.ablate_report import loss_chart, mean_scores, plan_table, task_chart, with_spread
 from s2attn.lab.ablate_settings import Record
 from s2attn.lab.evidence_found import FAR, Found
 from s2attn.lab.guidelines import GUIDELINES, Guideline
@@ -87,8 +87,13 @@ def what_was_run(found: Found) -> Iterator[str]:
         f"{said}. Every recipe but the dense one shall list {100 * settings.budget:g} % of a dense model's (query, key) pairs, within "
         f"{100 * settings.tolerance:g} %. Seeds: {seeds}."
     )
-    yield from (f"Machine: {one}" for one in sorted({machine_of(run["host"]) for run in runs if run["host"]}))
+    yield from (f"Machine: {one}." for one in sorted({_machine(run["host"]) for run in runs if run["host"]}))
     yield markdown(plan_table(found.recipes, settings.tolerance))
+
+
+def _machine(host: Record) -> str:
+    names = [host[key] for key in ("gpu", "processor") if host.get(key)]
+    return f"{', '.join(names)}, {host['cores']} cores, torch {host['torch']}, s2attn {host['s2attn']}"
 
 
 def results(found: Found) -> Iterator[str]:
