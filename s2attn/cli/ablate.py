@@ -74,12 +74,13 @@ def gauge_of(device: str) -> Gauge:
 
 
 def command_of(arguments: Sequence[str]) -> str:
-    """The command for a reader, without the folder: where that lies says nothing about what was run.
+    """The command for a reader, without the folder and the limit, which say nothing about what is compared.
 
-    >>> command_of(["ablate", "--out", "here", "--recipes", "dense,s2"]), command_of(["ablate", "--out=here"])
-    ('s2attn ablate --recipes dense,s2', 's2attn ablate')
+    >>> command_of(["ablate", "--out", "here", "--recipes", "dense,s2", "--limit=60"])
+    's2attn ablate --recipes dense,s2'
     """
-    kept = [word for before, word in pairwise(["", *arguments]) if before != "--out" and word != "--out" and not word.startswith("--out=")]
+    beside = ("--out", "--limit")
+    kept = [word for before, word in pairwise(["", *arguments]) if before not in beside and word.split("=")[0] not in beside]
     return shlex.join(["s2attn", *kept])
 
 
