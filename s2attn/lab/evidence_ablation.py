@@ -118,8 +118,31 @@ def results(found: Found) -> Iterator[str]:
         "dense one of the same seed; (!) marks pairs that are not equal. Tasks: share of exact answers over all lengths and depths." + at
     )
     yield markdown(lines)
+    yield from _unfinished_learning(found)
     for path, alt in picture_names(found).items():
         yield f"![{alt}](evidence/{path})"
+
+
+def _unfinished_learning(found: Found) -> Iterator[str]:
+    """How steep the losses still are at the end, without which a loss below the dense one reads as more than it is."""
+    text = found.outcome.settings.text
+    ends = [run["text"]["validation"][-2:] for run in found.outcome.runs.values() if len(run["text"]["validation"]) > 1]
+    if not ends:
+        return
+    steps = max(last[0] - before[0] for before, last in ends)
+    changes = [last[1] / before[1] - 1 for before, last in ends]
+    said = (
+        f"Over the last {steps * text.batch * text.context:,} tokens the validation losses changed by {100 * min(changes):+.1f} % to "
+        f"{100 * max(changes):+.1f} %."
+    )
+    below = [f"`{name}`" for name in found.sparse if (off := found.loss_beside(name, "dense")) is not None and off.mean < 0]
+    if below and max(changes) < 0:
+        verb = "ends" if len(below) == 1 else "end"
+        said += (
+            f" All of them still fall: that {', '.join(below)} {verb} below dense says that a model learned faster from so few tokens, and "
+            "not that it would end below."
+        )
+    yield said
 
 
 def telling(found: Found) -> list[str]:

@@ -102,6 +102,14 @@ def test_the_results_are_a_line_per_recipe() -> None:
     assert "tokens/s" not in said
 
 
+def test_how_steep_the_losses_still_are_is_told() -> None:
+    said = section(evidence_page({"small": MET}), "Results")
+    assert "Over the last 512 tokens the validation losses changed by -33.3 % to +10.0 %." in said and "below dense" not in said
+    below = invented({"dense": [2.0, 2.4], "s2": [1.9, 2.3], "window": [2.1, 2.4]})
+    said = section(evidence_page({"small": below}), "Results")
+    assert "All of them still fall: that `s2` ends below dense says that a model learned faster from so few tokens" in said
+
+
 def test_targets_that_are_met() -> None:
     assert reached(MET) == [["met"], ["met"], ["met", "met", "met"], ["not measured"]]
     page = evidence_page({"small": MET})
