@@ -128,18 +128,6 @@ def ablate(
 
 
 @app.command()
-def evidence(
-    records: Annotated[Path | None, typer.Option(help="Folder of records; those of the package when left out.")] = None,
-    out: Annotated[Path, typer.Option(help="The page; its pictures go into the folder evidence beside it.")] = Path("docs/evidence.md"),
-) -> None:
-    """The page of what models learned under which patterns, from records and nothing else: guidelines, targets, limits."""
-    with clear_errors():
-        from s2attn.cli.evidence import show_evidence
-
-        show_evidence(records, out)
-
-
-@app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder for the table; the variable OUT, or the package's own, when left out.")] = None,
     ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv,decode",
@@ -313,6 +301,18 @@ def report(
         from s2attn.cli.bench import bench_report
 
         bench_report(records, out)
+
+
+@app.command()
+def evidence(
+    records: Annotated[Path | None, typer.Option(help="Folder of records; those of the package when left out.")] = None,
+    out: Annotated[Path, typer.Option(help="The page; its pictures go into the folder evidence beside it.")] = Path("docs/evidence.md"),
+) -> None:
+    """The page of what models learned under which patterns, from records and nothing else: guidelines, targets, limits."""
+    with clear_errors():
+        from s2attn.cli.evidence import show_evidence
+
+        show_evidence(records, out)
 
 
 @app.command()
