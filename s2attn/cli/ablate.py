@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from s2attn.bench.clock import peak_bytes
@@ -70,14 +73,24 @@ def gauge_of(device: str) -> Gauge:
     return Gauge(CudaMeter().peak_bytes, partial(host_facts, device))
 
 
+def command_of(arguments: Sequence[str]) -> str:
+    """The command for a reader, without the folder and the limit, which say nothing about what is compared.
+
+    >>> command_of(["ablate", "--out", "here", "--recipes", "dense,s2", "--limit=60"])
+    's2attn ablate --recipes dense,s2'
+    """
+    beside = ("--out", "--limit")
+    kept = [word for before, word in pairwise(["", *arguments]) if before not in beside and word.split("=")[0] not in beside]
+    return shlex.join(["s2attn", *kept])
+
+
 def show_ablation(settings: AblateSettings, out: Path, *, limit: float | None) -> None:
     """Run what is open of an ablation, write its report, and print the table."""
     screen = console()
     if settings.is_tiny:
         screen.print("[yellow]Tiny sizes: this shows that everything works, and none of its numbers means anything.[/yellow]")
     outcome = run_ablation(settings, out, Screen(screen), gauge_of(settings.device), limit)
-    command = " ".join(["s2attn", *sys.argv[1:]]) if sys.argv[1:2] == ["ablate"] else "s2attn ablate"
-    page = write_report(outcome, out, command)
+    page = write_report(outcome, out, command_of(sys.argv[1:] if sys.argv[1:2] == ["ablate"] else ["ablate"]))
     if outcome.runs:
         screen.print(table(without(result_table(summary(outcome)), "seeds", "step memory", "KV cache"), "Results"))
     if outcome.open:

@@ -304,6 +304,18 @@ def report(
 
 
 @app.command()
+def evidence(
+    records: Annotated[Path | None, typer.Option(help="Folder of records; those of the package when left out.")] = None,
+    out: Annotated[Path, typer.Option(help="The page; its pictures go into the folder evidence beside it.")] = Path("docs/evidence.md"),
+) -> None:
+    """The page of what models learned under which patterns, from records and nothing else: guidelines, targets, limits."""
+    with clear_errors():
+        from s2attn.cli.evidence import show_evidence
+
+        show_evidence(records, out)
+
+
+@app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False) -> None:
     """Versions, devices, and which backends can run here, with the reasons why the others cannot."""
     with clear_errors():

@@ -51,9 +51,10 @@ def show_pattern(what: str, asked: Asked, *, png: Path | None = None, as_json: b
     screen.print(table(figures(report), right_from=2))
     if report.context is not None:
         screen.print(table(report.context.table, report.context.title, right_from=3))
-    for style, sentences in (("yellow", report.warnings), ("dim", report.advice)):
-        for sentence in sentences:
-            screen.print(Text(f"- {sentence}", style=style))
+    for sentence in report.warnings:
+        screen.print(Text(f"- {sentence}", style="yellow"))
+    for one in report.advice:
+        screen.print(Text(f"- {one}\n  {one.test}", style="dim"))
     *panels, (_, legend) = drawings(pattern, asked, report.block)
     screen.print(Columns([Panel.fit(Text(picture, no_wrap=True), title=title) for title, picture in panels[:MOST_HEADS]]))
     legend += "; heads that look alike share a picture"

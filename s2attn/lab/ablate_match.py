@@ -102,6 +102,10 @@ class Matched:
         """Whether it counts as equal work."""
         return abs(self.error) <= tolerance
 
+    def equal(self, tolerance: float) -> bool:
+        """Whether it was matched, and counts as equal work: what the dense reference never does."""
+        return self.wanted is not None and self.within(tolerance)
+
 
 def _strides(shape: Shape, density: float, make: Callable[[int], Pattern], factor: float = 1.0) -> Iterator[Pattern]:
     """Strides s of density ``factor / s``, by how nearly they take half; first those small enough for the heads to cover all blocks."""
@@ -120,6 +124,11 @@ def _homogeneous(shape: Shape, density: float) -> Iterator[Pattern]:
 
 def _heterogeneous(shape: Shape, density: float) -> Iterator[Pattern]:
     return _strides(shape, density, lambda s: Stride(s, block=shape.block))
+
+
+def _stripes(shape: Shape, density: float) -> Iterator[Pattern]:
+    # As many stripes as leave the least window; the first ones may leave none, and are passed over.
+    yield from (Stride(s, block=shape.block) for s in range(2, max(3, shape.blocks)))
 
 
 def _ranges(shape: Shape, density: float) -> Iterator[Pattern]:
@@ -166,6 +175,7 @@ def designs(layers: int) -> Mapping[str, Design]:
         "sink_window": Design("the first block and a window (arXiv:2309.17453)", _sink),
         "homogeneous": Design("every s-th block, the same for all heads, and a window", _homogeneous),
         "s2": Design("every s-th block, another one for every head, and a window (arXiv:2407.17678)", _heterogeneous),
+        "stripes": Design("like s2, with as many stripes as leave the narrowest window", _stripes),
         "ranges": Design("like s2, with a stride 4 times as wide beyond a quarter of the context", _ranges),
         "power": Design("the first block, distances that are powers, and a window (arXiv:2503.03588)", _power),
         "dilated": Design("every other block up to a distance, and a window", _dilated),

@@ -10,6 +10,7 @@ from typing import Any
 
 from s2attn.lab.ablate import Outcome, write_json
 from s2attn.lab.ablate_match import Matched
+from s2attn.lab.ablate_record import record_of
 from s2attn.lab.charts import new_figure
 from s2attn.lab.report_md import markdown, mebibytes
 from s2attn.lab.tasks import Scores, heat_map
@@ -27,18 +28,19 @@ def spread(values: Sequence[float]) -> Record:
 
 
 def summary(outcome: Outcome) -> list[Record]:
-    """One entry per recipe that has a finished run: pairs, validation loss, task scores, speed and memory.
+    """One entry per recipe that has a finished run: pairs, validation loss, task scores, speed (None in a record) and memory.
 
     ``vs_dense`` is the mean over the seeds that both have of the loss over the dense one's, less 1.
     """
     found = []
-    dense = _runs(outcome, "dense")
+    dense = runs_of(outcome, "dense")
     for one in outcome.recipes:
-        runs = _runs(outcome, one.name)
+        runs = runs_of(outcome, one.name)
         if not runs:
             continue
         losses = {seed: run["text"]["validation_loss"] for seed, run in runs.items()}
         shared = [losses[seed] / dense[seed]["text"]["validation_loss"] - 1 for seed in losses if seed in dense]
+        speeds = [run["text"]["bytes_per_second"] for run in runs.values() if "bytes_per_second" in run["text"]]
         steps = [run["memory"]["step_bytes"] for run in runs.values() if run["memory"]["step_bytes"] is not None]
         first = next(iter(runs.values()))
         found.append(
@@ -47,8 +49,8 @@ def summary(outcome: Outcome) -> list[Record]:
                 "seeds": sorted(runs),
                 "validation_loss": spread(list(losses.values())),
                 "vs_dense": spread(shared) if shared else None,
-                "tasks": {name: spread([_score(run, name).mean for run in runs.values()]) for name in _tasks(runs)},
-                "tokens_per_second": median(run["text"]["bytes_per_second"] for run in runs.values()),
+                "tasks": {name: spread([score_of(run, name).mean for run in runs.values()]) for name in tasks_of(runs)},
+                "tokens_per_second": median(speeds) if speeds else None,
                 "step_bytes": median(steps) if steps else None,
                 "cache_bytes": first["memory"]["cache_bytes"],
                 "dense_cache_bytes": first["memory"]["dense_cache_bytes"],
@@ -66,20 +68,23 @@ def _pairs(one: Matched, outcome: Outcome) -> Record:
         "wanted_pairs": one.wanted,
         "density": one.density,
         "error": one.error,
-        "equal_pairs": one.within(outcome.settings.tolerance) and one.wanted is not None,
+        "equal_pairs": one.equal(outcome.settings.tolerance),
     }
 
 
-def _runs(outcome: Outcome, name: str) -> dict[int, Record]:
+def runs_of(outcome: Outcome, name: str) -> dict[int, Record]:
+    """The finished runs of a recipe by seed."""
     return {seed: outcome.runs[name, seed] for seed in outcome.settings.seeds if (name, seed) in outcome.runs}
 
 
-def _tasks(runs: dict[int, Record]) -> list[str]:
+def tasks_of(runs: dict[int, Record]) -> list[str]:
+    """The tasks that were scored, by name."""
     tasks = next(iter(runs.values()))["tasks"]
     return [one["task"] for one in tasks["scores"]] if tasks else []
 
 
-def _score(run: Record, name: str) -> Scores:
+def score_of(run: Record, name: str) -> Scores:
+    """The scores of a run at one task."""
     return next(Scores.from_dict(one) for one in run["tasks"]["scores"] if one["task"] == name)
 
 
@@ -116,18 +121,19 @@ def _result_line(one: Record, tasks: Sequence[str]) -> list[str]:
         one["name"],
         f"{100 * one['density']:.1f} %" + ("" if one["equal_pairs"] or one["name"] == "dense" else " (!)"),
         str(len(one["seeds"])),
-        _with_spread(one["validation_loss"], 1, 3),
-        _with_spread(one["vs_dense"], 100, 2, sign="+") if one["name"] != "dense" else "",
-        *(_with_spread(one["tasks"].get(name), 100, 0) for name in tasks),
-        f"{one['tokens_per_second']:,.0f}",
+        with_spread(one["validation_loss"], 1, 3),
+        with_spread(one["vs_dense"], 100, 2, sign="+") if one["name"] != "dense" else "",
+        *(with_spread(one["tasks"].get(name), 100, 0) for name in tasks),
+        "-" if one["tokens_per_second"] is None else f"{one['tokens_per_second']:,.0f}",
         mebibytes(one["step_bytes"]),
         mebibytes(one["cache_bytes"]),
     ]
 
 
-def _with_spread(value: Record | None, scale: float, digits: int, sign: str = "") -> str:
-    """
-    >>> _with_spread({"mean": 0.5, "sd": 0.01}, 100, 1), _with_spread({"mean": 0.5, "sd": None}, 1, 2), _with_spread(None, 1, 1)
+def with_spread(value: Record | None, scale: float, digits: int, sign: str = "") -> str:
+    """A mean with its standard deviation.
+
+    >>> with_spread({"mean": 0.5, "sd": 0.01}, 100, 1), with_spread({"mean": 0.5, "sd": None}, 1, 2), with_spread(None, 1, 1)
     ('50.0±1.0', '0.50', '-')
     """
     if value is None:
@@ -137,16 +143,14 @@ def _with_spread(value: Record | None, scale: float, digits: int, sign: str = ""
 
 
 def write_report(outcome: Outcome, out: Path, command: str) -> Path:
-    """Write ``results.json``, the pictures and ``report.md`` into ``out``.
+    """Write ``record.json``, the pictures and ``report.md`` into ``out``.
 
     Args:
         command: how the ablation was started, for the reader.
     """
     found = summary(outcome)
-    still_open = [list(one) for one in outcome.open]
     host = [outcome.runs[key]["host"] for key in outcome.runs]
-    facts = outcome.settings.facts()
-    write_json({"settings": facts, "summary": found, "open": still_open, "host": host[-1:], "command": command}, out / "results.json")
+    write_json(record_of(outcome, command), out / "record.json")
     pictures = []
     if found:
         loss_chart(outcome, out / "losses.png")
@@ -161,7 +165,7 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
         markdown(plan_table(outcome.recipes, outcome.settings.tolerance)),
         *(["## Results", _results_note(outcome), markdown(result_table(found)), *pictures] if found else []),
         *_heat_maps(outcome, out),
-        f"## How it was made\n\n`{command}`. Every run is a file in `runs/`, the summary is `results.json`.",
+        f"## How it was made\n\n`{command}`. Every run is a file in `runs/`; `record.json` is all of them, without their single steps.",
     ]
     page = out / "report.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -226,9 +230,9 @@ def _results_note(outcome: Outcome) -> str:
 def _heat_maps(outcome: Outcome, out: Path) -> list[str]:
     parts = []
     for one in outcome.recipes:
-        runs = _runs(outcome, one.name)
-        if runs and _tasks(runs):
-            scores = [mean_scores([_score(run, task) for run in runs.values()]) for task in _tasks(runs)]
+        runs = runs_of(outcome, one.name)
+        if runs and tasks_of(runs):
+            scores = [mean_scores([score_of(run, task) for run in runs.values()]) for task in tasks_of(runs)]
             heat_map(scores, out / f"heat-{one.name}.png", title=one.name)
             parts.append(f"![{one.name}](heat-{one.name}.png)")
     return ["## Depth and length", "Share of exact answers, mean over seeds.", *parts] if parts else []
@@ -237,10 +241,10 @@ def _heat_maps(outcome: Outcome, out: Path) -> list[str]:
 def loss_chart(outcome: Outcome, path: Path) -> Path:
     """Validation loss over tokens, the range of the seeds shaded; and at the end, every seed as a dot beside the dense one of that seed."""
     figure, (left, right) = new_figure(2)
-    names = [one.name for one in outcome.recipes if _runs(outcome, one.name)]
+    names = [one.name for one in outcome.recipes if runs_of(outcome, one.name)]
     batch = outcome.settings.text.batch * outcome.settings.text.context
     for name in names:
-        curves = [run["text"]["validation"] for run in _runs(outcome, name).values()]
+        curves = [run["text"]["validation"] for run in runs_of(outcome, name).values()]
         tokens = [step * batch for step, _ in curves[0]]
         losses = [[curve[i][1] for curve in curves] for i in range(len(tokens))]
         (line,) = left.plot(tokens, [mean(values) for values in losses], label=name, color="black" if name == "dense" else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -145,6 +146,21 @@ class AblateSettings:
             del values[name]
         values["model"] = json.loads(self.model.with_recipe(SMALL.recipe).to_json())
         return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_facts(cls, facts: Record, size: str, recipes: Sequence[str], seeds: Sequence[int]) -> AblateSettings:
+        """The settings of which :meth:`facts` are the rest.
+
+        >>> tiny = AblateSettings.of("tiny")
+        >>> AblateSettings.from_facts(tiny.facts(), tiny.size, tiny.recipes, tiny.seeds) == tiny
+        True
+        """
+        asked, curriculum = facts["tasks"], Curriculum(**facts["tasks"]["curriculum"])
+        lists: Record = {name: tuple(asked[name]) for name in ("names", "lengths", "depths")}
+        tasks: Record = {**asked, **lists, "train": TrainConfig(**asked["train"]), "curriculum": curriculum}
+        model, text = ModelConfig.from_json(json.dumps(facts["model"])), TrainConfig(**facts["text"])
+        parts: Record = {"model": model, "text": text, "tasks": Scored(**tasks)}
+        return cls(**{**facts, **parts}, size=size, recipes=tuple(recipes), seeds=tuple(seeds))
 
     def matched(self) -> list[Matched]:
         """The recipes with their parameters, all of equal pairs where that is possible."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from s2attn.lab.cover import cover_of, last_row
 from s2attn.lab.describe import Report
+from s2attn.lab.guidelines import GUIDELINES, Advice
 from s2attn.lab.stack import Key, Lists, Stack
 
 _UNEVEN = 1.5
@@ -61,41 +62,54 @@ def _layers(stack: Stack) -> str:
     return f"layer {first}" if first == last else f"layers {first}..{last}"
 
 
-def advice_of(stack: Stack, report: Report) -> Iterator[str]:
-    """S2-Attention's guidelines (arXiv:2407.17678, section 3) that the pattern does not follow."""
+def advice_of(stack: Stack, report: Report) -> Iterator[Advice]:
+    """S2-Attention's guidelines (arXiv:2407.17678, section 3) that the pattern does not follow, each with its experiment."""
+    yield from (Advice(text, GUIDELINES[key]) for key, text in _not_followed(stack, report))
+
+
+def _not_followed(stack: Stack, report: Report) -> Iterator[tuple[str, str]]:
+    """A key of `GUIDELINES`, and the sentence."""
     sparse = [number for number, one in enumerate(report.per_layer) if not one.dense]
     if not sparse:
         return
     alike = [number for number in sparse if len(set(stack.groups(number))) == 1]
     if alike and stack.num_kv_heads > 1:
         yield (
+            "heads",
             f"Heads do not differ: {_some(alike, stack)} all KV heads read the same blocks. "
-            "Stride shifts its blocks by head, PerHead names them."
+            "Stride shifts its blocks by head, PerHead names them.",
         )
     if not report.complete:
-        yield "Let the union of the heads cover the context: Stride does when it is no wider than the number of KV heads times layers."
+        yield (
+            "union",
+            "Let the union of the heads cover the context: Stride does when it is no wider than the number of KV heads times layers.",
+        )
     if report.counter_example is not None:
         yield (
+            "dropped",
             f"Not KV-efficient ({report.counter_example}), so its cache cannot be freed safely. "
-            "Blocks at absolute positions (Stride, Sink) and windows never come back."
+            "Blocks at absolute positions (Stride, Sink) and windows never come back.",
         )
     if len(sparse) == len(report.per_layer) > 1:
-        yield "No layer is dense. S2-Attention keeps a few layers dense: Recipe(pattern, dense_layers=[...])."
+        yield "dense", "No layer is dense. S2-Attention keeps a few layers dense: Recipe(pattern, dense_layers=[...])."
     bare = [number for number in sparse if not all(stack.once(_has_local, key) for key in dict.fromkeys(stack.layers[number]))]
     if bare:
         yield (
+            "window",
             f"No local window: {_some(bare, stack)} some head does not read its own block and the one before it in every row. "
-            "Add Local or Window."
+            "Add Local or Window.",
         )
     if report.group_density > _GROUP_READS_MORE * report.block_density:
         yield (
+            "groups",
             f"The query heads of a group read different blocks: one reads {report.block_density:.1%} of them, a group together "
-            f'{report.group_density:.1%}, and that is what its cache keeps. heads="kv" lets a group share its blocks.'
+            f'{report.group_density:.1%}, and that is what its cache keeps. heads="kv" lets a group share its blocks.',
         )
     if report.imbalance > _UNEVEN:
         yield (
+            "even",
             f"Heads are uneven: the busiest lists {report.imbalance:.1f} times the mean of its layer, "
-            "and a kernel with a head per unit waits for it."
+            "and a kernel with a head per unit waits for it.",
         )
 
 

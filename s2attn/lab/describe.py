@@ -15,6 +15,7 @@ from s2attn.lab.context import ContextReport, describe_context
 from s2attn.lab.cover import Cover, cover_of, last_row, least_group_row
 from s2attn.lab.density import BACKWARD, Listed
 from s2attn.lab.efficiency import CounterExample, cache_horizon, cached_tokens, counter_example
+from s2attn.lab.guidelines import Advice
 from s2attn.lab.reach import Reach, reach_of
 from s2attn.lab.stack import Key, Stack, stack_of
 from s2attn.layout import Layout
@@ -86,7 +87,8 @@ class Report:
         per_layer: the figures layer by layer.
         context: what context parallelism moves on ``ranks`` ranks; None where it was not asked for.
         warnings: what is likely to be a mistake.
-        advice: S2-Attention's guidelines (arXiv:2407.17678, section 3) that are not followed. Each sentence stands only where it is true.
+        advice: S2-Attention's guidelines (arXiv:2407.17678, section 3) that are not followed, each with the experiment that puts it to
+            the test. Each sentence stands only where it is true.
     """
 
     pattern: str
@@ -123,7 +125,7 @@ class Report:
     reach: Reach
     per_layer: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
     context: ContextReport | None = None
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from s2attn.lab.guidelines import Advice
+
 if TYPE_CHECKING:
     from s2attn.lab.describe import LayerReport, Report
 
@@ -55,7 +57,13 @@ def report_text(report: Report) -> str:
     for title, sentences in (("warnings", report.warnings), ("advice", report.advice)):
         for number, sentence in enumerate(sentences):
             label = title if number == 0 else ""
-            lines += ["", *textwrap.wrap(sentence, _WIDTH, initial_indent=label.ljust(_LABEL), subsequent_indent=" " * _LABEL)]
+            lines += ["", *textwrap.wrap(str(sentence), _WIDTH, initial_indent=label.ljust(_LABEL), subsequent_indent=" " * _LABEL)]
+            if isinstance(sentence, Advice):
+                # A command is copied, so it is not broken at its hyphens.
+                indent = " " * _LABEL
+                lines += textwrap.wrap(
+                    sentence.test, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+                )
     return "\n".join(lines)
 
 

@@ -193,7 +193,8 @@ def test_the_report_shows_everything_and_says_what_is_tiny(whole: tuple[Outcome,
     assert all(f"]({name})" in page and (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     for cell in [*result_table(summary(outcome))[1], *plan_table(outcome.recipes, TINY.tolerance)[1]]:
         assert cell.replace("|", "\\|") in page
-    assert json.loads((tmp_path / "results.json").read_text())["summary"] == summary(outcome)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["kind"], record["command"], len(record["runs"])) == ("ablation", "s2attn ablate", 6)
 
 
 def test_the_report_of_an_unfinished_ablation_names_what_is_open(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_pairs_that_are_not_equal_are_marked(tmp_path: Path) -> None:
 
 def test_small_is_a_whole_ablation() -> None:
     small = AblateSettings.of("small")
-    plain = {"dense", "window", "sink_window", "homogeneous", "s2", "ranges", "power", "dilated", "longnet"}
+    plain = {"dense", "window", "sink_window", "homogeneous", "s2", "stripes", "ranges", "power", "dilated", "longnet"}
     assert set(small.recipes) == plain | {"s2+1", "s2+2"}
     assert all(one.within(small.tolerance) for one in small.matched())
     assert len(small.seeds) == 3 and small.tasks.curriculum.step_tokens * small.tasks.train.steps == small.tasks.tokens

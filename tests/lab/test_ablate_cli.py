@@ -29,9 +29,9 @@ def test_a_tiny_ablation_runs_ends_early_goes_on_and_reports(tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     assert "none of its numbers means anything" in result.stdout and "runs are open" not in result.stdout
     assert re.search(r"s2 +60\.1 % +\d\.\d{3} +[+-]\d+\.\d\d", result.stdout)
-    found = json.loads((out / "results.json").read_text())
-    assert [one["name"] for one in found["summary"]] == ["dense", "s2"] and found["open"] == []
-    assert found["host"][0]["torch"] and found["summary"][1]["step_bytes"] > 0
+    found = json.loads((out / "record.json").read_text())
+    assert [(one["name"], one["seed"]) for one in found["runs"]] == [("dense", 0), ("s2", 0)] and found["open"] == []
+    assert found["runs"][0]["host"]["torch"] and found["runs"][1]["memory"]["step_bytes"] > 0
     again = run(*QUICK, "--seeds", "1", "--out", str(out))
     assert "s2, seed 0" not in again.stdout and "Results" in again.stdout
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2attn import Dense, LongNet, Power, Recipe, Window
+from s2attn import Dense, LongNet, Power, Recipe, Stride, Window
 from s2attn.lab.ablate_match import Matched, Shape, designs, match
 from s2attn.lab.describe import describe
 from s2attn.testing import dense_mask
@@ -73,6 +73,13 @@ def test_heads_read_the_same_stripes_or_different_ones() -> None:
     same = dense_mask(match("homogeneous", SHAPE, 0.4).recipe.default, 4, 2, 256, 256, layer=1)
     differ = dense_mask(match("s2", SHAPE, 0.4).recipe.default, 4, 2, 256, 256, layer=1)
     assert bool((same[0] == same[3]).all()) and not bool((differ[0] == differ[3]).all())
+
+
+def test_stripes_leave_a_narrower_window_than_s2() -> None:
+    many, half = (match(name, SHAPE, 0.4) for name in ("stripes", "s2"))
+    widths = [part.n for one in (many, half) for part in one.recipe.default.parts if isinstance(part, Window)]
+    strides = [part.stride for one in (many, half) for part in one.recipe.default.parts if isinstance(part, Stride)]
+    assert SHAPE.block <= widths[0] < widths[1] and strides[0] < strides[1] and many.within(0.02)
 
 
 def test_the_window_is_as_near_as_a_window_can_be() -> None:
