@@ -38,7 +38,7 @@ def subjects(length: int, block: int) -> Mapping[str, Subject]:
         "stride": Subject("two blocks, and every fourth of a context, alike in all heads", _strided(stride, 0, block), (1, 2, 4)),
         "s2": Subject("two blocks, and as many far ones, others in every head and layer", _strided(stride, "head", block), (1, 2)),
         "dilated": Subject("every second block, by distance", Dilated(2, block=block), (1, 4)),
-        "longnet": Subject("aligned segments that double while they thin out", LongNet(segment=2, levels=5, block=block), (1, 2, 4)),
+        "longnet": Subject("aligned segments that double while they thin out", LongNet(segment=4, levels=4, block=block), (1, 2, 4)),
         "dense": Subject("everything", Dense(), (1,)),
     }
 

@@ -289,6 +289,7 @@ def test_small_is_a_whole_study() -> None:
         reached[case.pattern, case.layers] = ((found != NEVER) & before).sum() / before.sum()
     assert all(reached[pattern, layers] == 1 for pattern, layers in (("dense", 1), ("power", 4), ("s2", 2)))
     assert reached["dilated", 1] == reached["dilated", 4] < 0.6, "its holes stay, whatever the layers"
+    assert reached["longnet", 1] < reached["longnet", 2] < reached["longnet", 4] < 0.6
     assert reached["window", 1] < reached["window", 2] < reached["window", 4] < reached["window", 6] < 1
 
 
