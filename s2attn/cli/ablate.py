@@ -14,9 +14,10 @@ from s2attn.bench.clock import peak_bytes
 from s2attn.bench.host import host_facts
 from s2attn.cli.screen import Screen, console, table
 from s2attn.core import check_int
-from s2attn.lab.ablate import Gauge, run_ablation
+from s2attn.lab.ablate import run_ablation
 from s2attn.lab.ablate_report import plan_table, result_table, summary, write_report
 from s2attn.lab.ablate_settings import AblateSettings
+from s2attn.lab.folder import Gauge
 
 
 def settings_of(

@@ -128,6 +128,27 @@ def ablate(
 
 
 @app.command()
+def reach(
+    out: Annotated[Path, typer.Option(help="Folder for runs and report; finished runs in it are kept.")] = Path("reach"),
+    size: Annotated[str, typer.Option(help="[bold]small[/bold] for one core (half an hour), or [bold]tiny[/bold] (seconds).")] = "small",
+    patterns: Annotated[str, typer.Option(help="Patterns, separated by commas; all of them when left out.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="So many seeds, from 0 on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each model.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds: begin no run that would not end in time.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, and run nothing.")] = False,
+) -> None:
+    """Train tiny models to recall one digit, and see whether they learn it exactly where their pattern reaches through their layers."""
+    with clear_errors():
+        from s2attn.cli.reach import settings_of, show_plan, show_reach
+
+        settings = settings_of(size, patterns=patterns, seeds=seeds, steps=steps)
+        if plan:
+            show_plan(settings)
+        else:
+            show_reach(settings, out, limit=limit)
+
+
+@app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder for the table; the variable OUT, or the package's own, when left out.")] = None,
     ops: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = "forward,dq,dkv,decode",

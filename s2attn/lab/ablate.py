@@ -4,73 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from s2attn.core import bad_value
 from s2attn.lab.ablate_match import Matched
 from s2attn.lab.ablate_settings import AblateSettings, Record, Scored
 from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
+from s2attn.lab.folder import NO_GAUGE, Gauge, Job, Surroundings, Watch, run_jobs
 from s2attn.lab.model import LanguageModel, ModelConfig
 from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Stretch, learn, score_task, task_named
 from s2attn.lab.train import Run, train_in_turn
-from s2attn.lab.training.files import write_file
-from s2attn.lab.training.place import Place, place_of
-
-
-class OutOfTime(Exception):
-    """The time of an ablation is over; what is finished lies in its folder."""
-
-
-@dataclass(frozen=True)
-class Gauge:
-    """What knows the machine; the command line brings that of `s2attn.bench`, without it nothing is measured.
-
-    Attributes:
-        peak_bytes: by how much memory rises while a call runs, or None.
-        host: facts of the machine, kept with every run.
-    """
-
-    peak_bytes: Callable[[Callable[[], object]], int | None] = lambda call: None
-    host: Callable[[], Record] = dict
-
-
-NO_GAUGE = Gauge()
-
-
-@dataclass
-class Watch:
-    """A time budget: no run begins that would not end in time, and one that goes on beyond it is given up."""
-
-    seconds: float | None = None
-    began: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        if self.seconds is not None and not self.seconds > 0:
-            raise bad_value("limit", "must be a positive number of seconds", self.seconds)
-
-    @property
-    def left(self) -> float:
-        return float("inf") if self.seconds is None else self.seconds - (time.perf_counter() - self.began)
-
-    def check(self) -> None:
-        if self.left < 0:
-            raise OutOfTime
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Where a run reports to, what may stop it, what measures it, and where it takes place."""
-
-    show: Show
-    watch: Watch
-    gauge: Gauge
-    place: Place
+from s2attn.lab.training.place import place_of
 
 
 @dataclass(frozen=True)
@@ -106,65 +55,18 @@ def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge =
 
 
 def _run_open(settings: AblateSettings, out: Path, around: Surroundings) -> Outcome:
-    show, watch, recipes = around.show, around.watch, settings.matched()
-    done = dict(finished(settings, recipes, out))
-    outcome = Outcome(settings, recipes, done)
-    if not outcome.open:
-        return outcome
-    corpus = read_corpus(max_files=settings.max_files)
-    by_name = {one.name: one for one in recipes}
-    for name, seed in outcome.open:
-        usual = median([run["seconds"] for run in done.values()]) if done else 0.0
-        if usual > watch.left:
-            usually = f"a run takes {usual:.0f} s, and " if done else ""
-            show.note(f"stopped: {usually}{max(0.0, watch.left):.0f} s are left")
-            break
-        show.stage(f"{name}, seed {seed} ({len(done) + 1} of {len(settings.recipes) * len(settings.seeds)})")
-        try:
-            record = one_run(settings, by_name[name], seed, corpus, around)
-        except OutOfTime:
-            show.end()
-            show.note("stopped in the midst of this run: the time is over; it will begin anew")
-            break
-        write_json(record, _path(out, name, seed))
-        done[name, seed] = record
-    return outcome
+    recipes = settings.matched()
+    # Read when the first run begins: an ablation that is finished needs no text.
+    corpus = cache(partial(read_corpus, max_files=settings.max_files))
+    jobs = {(one.name, seed): _job(settings, one, seed, corpus, around) for seed in settings.seeds for one in recipes}
+    return Outcome(settings, recipes, run_jobs(jobs, out, around))
 
 
-def _path(out: Path, name: str, seed: int) -> Path:
-    return out / "runs" / f"{name}-seed{seed}.json"
+def _job(settings: AblateSettings, one: Matched, seed: int, corpus: Callable[[], Corpus], around: Surroundings) -> Job:
+    def work() -> Record:
+        return one_run(settings, one, seed, corpus(), around)
 
-
-def finished(settings: AblateSettings, recipes: Sequence[Matched], out: Path) -> Iterator[tuple[tuple[str, int], Record]]:
-    """The runs in ``out`` that belong to these settings.
-
-    Raises:
-        ValueError: a file cannot be read, or comes from other settings, which are named.
-    """
-    facts = settings.facts()
-    for seed in settings.seeds:
-        for one in recipes:
-            path = _path(out, one.name, seed)
-            if not path.is_file():
-                continue
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                made_with, recipe = record["made_with"], record["recipe"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise bad_value("out", f"must hold readable runs ({error!r}); delete the file to run it again", path) from None
-            differ = sorted(key for key in {*facts, *made_with} if facts.get(key) != made_with.get(key))
-            if recipe != json.loads(one.recipe.to_json()):
-                differ.append("recipe")
-            if differ:
-                raise bad_value("out", f"must be a folder of the same settings; {', '.join(differ)} differ", path)
-            yield (one.name, seed), record
-
-
-def write_json(values: Any, path: Path) -> Path:
-    """Write a JSON file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(values, indent=1) + "\n")
-    return path
+    return Job(f"{one.name}-seed{seed}", f"{one.name}, seed {seed}", settings.facts(), json.loads(one.recipe.to_json()), work)
 
 
 def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus, around: Surroundings) -> Record:

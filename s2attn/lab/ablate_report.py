@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from s2attn.lab.ablate import Outcome, write_json
+from s2attn.lab.ablate import Outcome
 from s2attn.lab.ablate_match import Matched
 from s2attn.lab.ablate_record import record_of
 from s2attn.lab.charts import new_figure
+from s2attn.lab.folder import machine_lines, write_json
 from s2attn.lab.report_md import markdown, mebibytes
 from s2attn.lab.tasks import Scores, heat_map
 
@@ -174,11 +175,7 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
 
 def _head(outcome: Outcome, host: Sequence[Record]) -> str:
     settings = outcome.settings
-    lines = ["# Ablation"]
-    machines = sorted({_machine(one) for one in host if one})
-    lines += [f"Machine: {one}" for one in machines]
-    if len(machines) > 1:
-        lines.append("**The runs come from several machines or versions: their speeds do not compare.**")
+    lines = ["# Ablation", *machine_lines(host)]
     if settings.is_tiny:
         lines.append("**Tiny sizes: this shows that everything works, and none of its numbers means anything.**")
     if outcome.open:
@@ -186,11 +183,6 @@ def _head(outcome: Outcome, host: Sequence[Record]) -> str:
         many = f"{len(outcome.open)} of {len(settings.recipes) * len(settings.seeds)}"
         lines.append(f"**Not finished: {many} runs are open: {names}.** The same command goes on with them.")
     return "\n\n".join(lines)
-
-
-def _machine(facts: Record) -> str:
-    card = f"{facts['gpu']}, " if "gpu" in facts else ""
-    return f"{card}{facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, s2attn {facts['s2attn']}."
 
 
 def _equal(outcome: Outcome) -> str:

@@ -17,11 +17,12 @@ NAMES = {"sdpa": "dense, torch SDPA", "s2attn": "S2, s2attn", "flex": "S2, compi
 OPS = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
-def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of panels of ``width`` x ``height`` inches, row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained")
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, color="#e6e8eb", linewidth=0.8)

@@ -14,10 +14,11 @@ import pytest
 
 from s2attn import Recipe
 from s2attn.lab import ablate
-from s2attn.lab.ablate import Gauge, Outcome, Watch, run_ablation
+from s2attn.lab.ablate import Outcome, run_ablation
 from s2attn.lab.ablate_report import mean_scores, plan_table, result_table, summary, write_report
 from s2attn.lab.ablate_settings import AblateSettings
 from s2attn.lab.data import Windows, read_corpus
+from s2attn.lab.folder import Gauge, Watch
 from s2attn.lab.model import LanguageModel
 from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Scores
