@@ -100,7 +100,9 @@ def generate(
 @app.command()
 def ablate(
     out: Annotated[Path, typer.Option(help="Folder for runs and report; finished runs in it are kept.")] = Path("ablation"),
-    size: Annotated[str, typer.Option(help="[bold]small[/bold] for two cores (hours), or [bold]tiny[/bold] (seconds).")] = "small",
+    size: Annotated[
+        str, typer.Option(help="[bold]small[/bold] for two cores (hours), [bold]large[/bold] for a GPU, or [bold]tiny[/bold] (seconds).")
+    ] = "small",
     recipes: Annotated[str, typer.Option(help="Recipes, separated by commas; all of them when left out.")] = "",
     tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas; those of the size when left out, none when empty.")] = None,
     seeds: Annotated[int | None, typer.Option(help="So many seeds, from 0 on.")] = None,
@@ -108,9 +110,9 @@ def ablate(
     steps: Annotated[int | None, typer.Option(help="Training steps on text.")] = None,
     task_steps: Annotated[int | None, typer.Option(help="Training steps on the tasks.")] = None,
     stretch: Annotated[str | None, typer.Option(help="Rotary scaling above the trained length: interpolation or ntk.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds: begin no run that would not end in time.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16, in training.")] = "float32",
+    limit: Annotated[float | None, typer.Option(help="Seconds; a run that is then under way goes on with the next call.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; that of the size when left out.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16, in training; that of the size when left out.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the recipes with their pairs, and run nothing.")] = False,
 ) -> None:
     """Compare recipes at equal tokens and equal listed pairs, over several seeds: loss, long-context tasks, speed, memory."""
@@ -120,7 +122,9 @@ def ablate(
         from s2attn.cli.ablate import settings_of, show_ablation, show_plan
 
         settings = settings_of(size, recipes=recipes, tasks=tasks, seeds=seeds, budget=budget, stretch=stretch)
-        settings = replace(settings.with_steps(steps, task_steps).with_precision(precision), device=device)
+        settings = replace(settings.with_steps(steps, task_steps), device=device or settings.device)
+        if precision is not None:
+            settings = settings.with_precision(precision)
         if plan:
             show_plan(settings)
         else:

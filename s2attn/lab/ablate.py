@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -16,10 +15,11 @@ from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.folder import NO_GAUGE, Gauge, Job, Surroundings, Watch, run_jobs
 from s2attn.lab.model import LanguageModel, ModelConfig
+from s2attn.lab.partial import Partial
 from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Stretch, learn, score_task, task_named
-from s2attn.lab.train import Run, train_in_turn
-from s2attn.lab.training.place import place_of
+from s2attn.lab.train import Run, TrainConfig, train_in_turn
+from s2attn.lab.training.place import Place, place_of
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Outcome:
 def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge = NO_GAUGE, limit: float | None = None) -> Outcome:
     """Run what is still open of an ablation; each finished run is a file ``runs/RECIPE-seedN.json`` in ``out``.
 
-    A run that was stopped leaves no file and begins anew; finished ones are never repeated. All recipes of a seed come before the next
-    seed, so that what an early end leaves can be compared.
+    A run that was stopped goes on from its last checkpoint, in ``partial/RECIPE-seedN``, with the results of a run that never stopped;
+    finished ones are never repeated. All recipes of a seed come before the next seed, so that what an early end leaves can be compared.
 
     Args:
         gauge: measures memory, and tells on which machine.
-        limit: seconds; no run begins that would take longer than is left, as judged by the finished ones.
+        limit: seconds; the run that is under way when they are over is stopped.
 
     Raises:
         ValueError: ``out`` holds runs of other settings, the device is not there, or several processes were started.
@@ -58,27 +58,29 @@ def _run_open(settings: AblateSettings, out: Path, around: Surroundings) -> Outc
     recipes = settings.matched()
     # Read when the first run begins: an ablation that is finished needs no text.
     corpus = cache(partial(read_corpus, max_files=settings.max_files))
-    jobs = {(one.name, seed): _job(settings, one, seed, corpus, around) for seed in settings.seeds for one in recipes}
+    jobs = {(one.name, seed): _job(settings, one, seed, corpus, out, around) for seed in settings.seeds for one in recipes}
     return Outcome(settings, recipes, run_jobs(jobs, out, around))
 
 
-def _job(settings: AblateSettings, one: Matched, seed: int, corpus: Callable[[], Corpus], around: Surroundings) -> Job:
+def _job(settings: AblateSettings, one: Matched, seed: int, corpus: Callable[[], Corpus], out: Path, around: Surroundings) -> Job:
+    name, recipe = f"{one.name}-seed{seed}", json.loads(one.recipe.to_json())
+    opened = cache(lambda: Partial(out / "partial" / name, {**settings.facts(), "recipe": recipe}, around.watch))
+
     def work() -> Record:
-        return one_run(settings, one, seed, corpus(), around)
+        return one_run(settings, one, seed, corpus(), opened(), around)
 
-    return Job(f"{one.name}-seed{seed}", f"{one.name}, seed {seed}", settings.facts(), json.loads(one.recipe.to_json()), work)
+    return Job(name, f"{one.name}, seed {seed}", settings.facts(), recipe, work, lambda: opened().remove())
 
 
-def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus, around: Surroundings) -> Record:
+def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus, so_far: Partial, around: Surroundings) -> Record:
     """Train a language model on text and another one on the tasks, from the same start; everything that is reported of them."""
-    began = time.perf_counter()
-    config = settings.model.with_recipe(recipe.recipe)
+    config, tasks = settings.model.with_recipe(recipe.recipe), settings.tasks
     record: Record = {"name": recipe.name, "seed": seed, "made_with": settings.facts(), "recipe": json.loads(recipe.recipe.to_json())}
     record["host"] = around.gauge.host()
-    record["text"] = _learn_text(settings, config, seed, corpus, around)
-    record["memory"] = memory_of(settings, config, seed, corpus, around)
-    record["tasks"] = _learn_tasks(settings.tasks, config, seed, around) if settings.tasks.names else None
-    record["seconds"] = time.perf_counter() - began
+    record["text"] = so_far.once("text", lambda: _learn_text(settings, config, seed, corpus, so_far, around))
+    record["memory"] = so_far.once("memory", lambda: memory_of(settings, config, seed, corpus, around))
+    record["tasks"] = so_far.once("tasks", lambda: _learn_tasks(tasks, config, seed, so_far, around)) if tasks.names else None
+    record["seconds"] = so_far.seconds
     return record
 
 
@@ -87,17 +89,21 @@ def _feed(settings: AblateSettings, corpus: Corpus, seed: int) -> Windows:
     return Windows(corpus.train, corpus.validation, text.batch, text.context, seed, text.eval_windows)
 
 
-def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, around: Surroundings) -> Record:
-    show, watch = around.show, around.watch
-    run = Run("text", LanguageModel(config, seed=seed), replace(settings.text, seed=seed), place=around.place)
+def _learner(name: str, config: ModelConfig, how: TrainConfig, so_far: Partial, place: Place) -> Run:
+    return so_far.learner(name, lambda: Run(name, LanguageModel(config, seed=how.seed), how, place=place), how, place)
+
+
+def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus: Corpus, so_far: Partial, around: Surroundings) -> Record:
+    show = around.show
+    run = _learner("text", config, replace(settings.text, seed=seed), so_far, around.place)
 
     def log(entry: Record) -> None:
-        watch.check()
         if "loss" in entry:
             show.advance(f"loss {entry['loss']:.2f}")
 
-    show.begin(settings.text.steps, "steps of text")
-    train_in_turn([run], _feed(settings, corpus, seed), log)
+    show.begin(settings.text.steps - run.step, "steps of text")
+    # A checkpoint belongs behind the validation of its step, which would be left out otherwise.
+    train_in_turn([run], _feed(settings, corpus, seed), log, after=lambda: so_far.tick("text", run))
     show.end()
     curve = [[entry["step"], entry["validation_loss"]] for entry in run.history if "validation_loss" in entry]
     found = {**run.summary(), "validation": curve}
@@ -105,22 +111,22 @@ def _learn_text(settings: AblateSettings, config: ModelConfig, seed: int, corpus
     return found
 
 
-def _learn_tasks(tasks: Scored, config: ModelConfig, seed: int, around: Surroundings) -> Record:
-    show, watch = around.show, around.watch
-    run = Run("tasks", LanguageModel(config, seed=seed), replace(tasks.train, seed=seed), place=around.place)
+def _learn_tasks(tasks: Scored, config: ModelConfig, seed: int, so_far: Partial, around: Surroundings) -> Record:
+    show = around.show
+    run = _learner("learner", config, replace(tasks.train, seed=seed), so_far, around.place)
     kinds = [task_named(name) for name in tasks.names]
 
     def log(entry: Record) -> None:
-        watch.check()
         show.advance(f"{entry['task']} at {entry['length']}: loss {entry['loss']:.2f}")
+        so_far.tick("learner", run)
 
-    show.begin(tasks.train.steps, "steps of tasks")
+    show.begin(tasks.train.steps - run.step, "steps of tasks")
     learn(run, kinds, tasks.curriculum, log)
     show.end()
     stretch = None if tasks.stretch is None else Stretch(tasks.curriculum.end, tasks.stretch)
     found = []
     for kind in kinds:
-        watch.check()
+        so_far.tick("learner", run)
         # All recipes and seeds answer the same questions, which no training asks.
         asked = score_task(run.model, kind, lengths=tasks.lengths, depths=tasks.depths, samples=tasks.samples, stretch=stretch)
         found.append(asked.to_dict())

@@ -15,7 +15,7 @@ from s2attn.lab.tasks.score import DEPTHS
 from s2attn.lab.train import TrainConfig
 
 Record = dict[str, Any]
-SIZES = ("tiny", "small")
+SIZES = ("tiny", "small", "large")
 DEVICES = ("cpu", "cuda")
 
 
@@ -52,6 +52,7 @@ class Scored:
 
 
 SMALL = ModelConfig(layers=8, width=64, heads=4, kv_heads=2, head_dim=16, hidden=192)
+LARGE = ModelConfig(layers=16, width=512, heads=8, kv_heads=4, head_dim=64, hidden=1536)
 TINY = ModelConfig(layers=4, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48)
 
 
@@ -98,10 +99,11 @@ class AblateSettings:
 
     @classmethod
     def of(cls, size: str) -> AblateSettings:
-        """A whole ablation: ``tiny`` runs in seconds and measures nothing, ``small`` is for a machine of two cores.
+        """A whole ablation: ``tiny`` runs in seconds and measures nothing, ``small`` is for a machine of two cores, ``large`` for a
+        graphics card: 50M parameters, 100M tokens of text for each recipe, tasks up to 128k.
 
-        >>> AblateSettings.of("small").text.context, AblateSettings.of("tiny").is_tiny
-        (1024, True)
+        >>> AblateSettings.of("small").text.context, AblateSettings.of("large").text.context, AblateSettings.of("tiny").is_tiny
+        (1024, 8192, True)
         """
         if size not in SIZES:
             raise bad_value("size", f"must be one of {', '.join(SIZES)}", repr(size))
@@ -109,6 +111,12 @@ class AblateSettings:
             learning = TrainConfig(steps=4, warmup=1, eval_every=2, eval_windows=2, batch=1, context=256)
             tasks = Scored(("passkey", "recall"), learning, Curriculum(64, 128, 256), (64, 128), (0.0, 1.0), samples=2)
             return cls(size, TINY, learning, tasks, 0.6, tuple(designs(TINY.layers)), seeds=(0, 1), max_files=4)
+        if size == "large":
+            kind = TrainConfig(precision="bfloat16", recompute=True)
+            text = replace(kind, steps=1600, warmup=80, batch=8, context=8192, learning_rate=1e-3, eval_every=200, eval_windows=16)
+            learning = replace(kind, steps=1200, warmup=40, learning_rate=1e-3, weight_decay=0.01)
+            tasks = Scored(("passkey", "recall"), learning, Curriculum(4096, 131072, 131072), (16384, 32768, 65536, 131072))
+            return cls(size, LARGE, text, tasks, 0.3, tuple(designs(LARGE.layers)), block=64, device="cuda")
         text = TrainConfig(steps=1000, batch=1, context=1024, eval_every=200, eval_windows=32)
         learning = TrainConfig(steps=1200, warmup=40, learning_rate=3e-3, weight_decay=0.01)
         tasks = Scored(("passkey", "recall"), learning, Curriculum(64, 1024, 1024), (256, 512, 1024, 2048))

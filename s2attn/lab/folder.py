@@ -42,7 +42,7 @@ NO_GAUGE = Gauge()
 
 @dataclass
 class Watch:
-    """A time budget: no run begins that would not end in time, and one that goes on beyond it is given up."""
+    """A time budget: no run begins that would not end in time, unless it can go on later, and one that goes on beyond it is stopped."""
 
     seconds: float | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -79,6 +79,8 @@ class Job:
         made_with: the settings that its record must name, as plain JSON values.
         recipe: the recipe that its record must name, likewise.
         work: makes the record, with ``"seconds"``, ``"made_with"`` and ``"recipe"`` in it.
+        tidy: called when the record is written. A run that has it keeps what it has done when it is stopped, so it may begin although it
+            will not end in time.
     """
 
     name: str
@@ -86,10 +88,11 @@ class Job:
     made_with: Record
     recipe: Record
     work: Callable[[], Record]
+    tidy: Callable[[], None] | None = None
 
 
 def run_jobs(jobs: Mapping[K, Job], out: Path, around: Surroundings) -> dict[K, Record]:
-    """Run what is still open, in order; finished runs are never repeated, and one that was stopped leaves no file.
+    """Run what is still open, in order; finished runs are never repeated, and one that was stopped leaves no record.
 
     Returns:
         The records of all finished runs.
@@ -102,9 +105,9 @@ def run_jobs(jobs: Mapping[K, Job], out: Path, around: Surroundings) -> dict[K, 
     for key, job in jobs.items():
         if key in done:
             continue
-        usual = median([run["seconds"] for run in done.values()]) if done else 0.0
+        usual = median([run["seconds"] for run in done.values()]) if done and job.tidy is None else 0.0
         if usual > watch.left:
-            usually = f"a run takes {usual:.0f} s, and " if done else ""
+            usually = f"a run takes {usual:.0f} s, and " if usual else ""
             show.note(f"stopped: {usually}{max(0.0, watch.left):.0f} s are left")
             break
         show.stage(f"{job.title} ({len(done) + 1} of {len(jobs)})")
@@ -112,9 +115,12 @@ def run_jobs(jobs: Mapping[K, Job], out: Path, around: Surroundings) -> dict[K, 
             record = job.work()
         except OutOfTime:
             show.end()
-            show.note("stopped in the midst of this run: the time is over; it will begin anew")
+            later = "begin anew" if job.tidy is None else "go on from here"
+            show.note(f"stopped in the midst of this run: the time is over; it will {later}")
             break
         write_json(record, _path(job, out))
+        if job.tidy is not None:
+            job.tidy()
         done[key] = record
     return done
 
@@ -137,12 +143,21 @@ def finished(job: Job, out: Path) -> Record | None:
         made_with, recipe = record["made_with"], record["recipe"]
     except (ValueError, KeyError, TypeError) as error:
         raise bad_value("out", f"must hold readable runs ({error!r}); delete the file to run it again", path) from None
-    differ = sorted(key for key in {*job.made_with, *made_with} if job.made_with.get(key) != made_with.get(key))
+    differ = differing(job.made_with, made_with)
     if recipe != job.recipe:
         differ.append("recipe")
     if differ:
         raise bad_value("out", f"must be a folder of the same settings; {', '.join(differ)} differ", path)
     return record
+
+
+def differing(here: Record, there: Record) -> list[str]:
+    """The names under which two records differ.
+
+    >>> differing({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None, "d": 4})
+    ['b', 'd']
+    """
+    return sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
 
 
 def write_json(values: Any, path: Path) -> Path:

@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import torch
 
 from s2attn import Recipe
 from s2attn.lab import ablate
@@ -19,7 +20,8 @@ from s2attn.lab.ablate_report import mean_scores, plan_table, result_table, summ
 from s2attn.lab.ablate_settings import AblateSettings
 from s2attn.lab.data import Windows, read_corpus
 from s2attn.lab.folder import Gauge, Watch
-from s2attn.lab.model import LanguageModel
+from s2attn.lab.model import Block, LanguageModel
+from s2attn.lab.partial import Partial
 from s2attn.lab.progress import Show
 from s2attn.lab.tasks import Scores
 from s2attn.lab.train import Run
@@ -29,12 +31,13 @@ TINY = replace(AblateSettings.of("tiny").with_steps(3, 2), recipes=("dense", "s2
 
 
 class Silent(Show):
-    """Keeps the titles of stages and the notes, and may stop at a stage as a killed process would."""
+    """Keeps titles of stages, notes and steps, and may stop at a stage, or at a step of this process, as a killed process would."""
 
-    def __init__(self, stop_at: int | None = None):
+    def __init__(self, stop_at: int | None = None, kill_at: int | None = None):
         self.stages: list[str] = []
         self.notes: list[str] = []
-        self.stop_at = stop_at
+        self.steps: list[str] = []
+        self.stop_at, self.kill_at = stop_at, kill_at
 
     def stage(self, title: str) -> None:
         self.stages.append(title)
@@ -45,7 +48,8 @@ class Silent(Show):
     def begin(self, total: int, unit: str) -> None: ...
 
     def advance(self, text: str = "") -> None:
-        if len(self.stages) == self.stop_at:
+        self.steps.append(text)
+        if len(self.stages) == self.stop_at or len(self.steps) == self.kill_at:
             raise KeyboardInterrupt
 
     def end(self) -> None: ...
@@ -115,31 +119,47 @@ def test_more_recipes_and_seeds_may_join_later(whole: tuple[Outcome, Path]) -> N
     assert list(run_ablation(fewer, whole[1], Silent()).runs) == [("s2", 1)]
 
 
-def test_the_time_budget_gives_up_a_run_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = iter([9.0, 9.0, -1.0])
-    monkeypatch.setattr(Watch, "left", property(lambda self: next(left)))
-    show = Silent()
-    outcome = run_ablation(TINY, tmp_path, show, limit=9.0)
-    assert outcome.runs == {} and len(outcome.open) == 6 and not (tmp_path / "runs").exists()
-    assert len(show.stages) == 1 and "will begin anew" in show.notes[-1]
+@pytest.mark.parametrize("ticks", range(6))
+def test_a_run_that_the_time_budget_stops_goes_on_later(
+    whole: tuple[Outcome, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ticks: int
+) -> None:
+    settings, show = replace(TINY, recipes=("s2",), seeds=(1,)), Silent()
+    with monkeypatch.context() as patched:
+        left = iter([9.0] * (ticks + 1) + [-1.0])  # it is asked before the run, and after every step and task
+        patched.setattr(Watch, "left", property(lambda self: next(left)))
+        outcome = run_ablation(settings, tmp_path, show, limit=9.0)
+    assert outcome.runs == {} and not (tmp_path / "runs").exists()
+    assert len(show.stages) == 1 and "will go on from here" in show.notes[-1]
+    steps = Silent()
+    assert losses(run_ablation(settings, tmp_path, steps))["s2", 1] == losses(whole[0])["s2", 1]
+    assert len(steps.steps) == 5 - min(5, ticks + 1), "no step is taken twice"
+    assert not (tmp_path / "partial").exists()
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(whole: tuple[Outcome, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Partial, "every", 0.0)
+    settings = replace(TINY, recipes=("s2",), seeds=(1,))
+    for kill_at in (2, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run_ablation(settings, tmp_path, Silent(kill_at=kill_at))
+    assert losses(run_ablation(settings, tmp_path, Silent()))["s2", 1] == losses(whole[0])["s2", 1]
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    settings = replace(TINY, recipes=("s2",), seeds=(1,))
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(settings, tmp_path, Silent(kill_at=2))
+    with pytest.raises(ValueError, match=r"out must be a folder of the same settings; text differ; got .*s2-seed1"):
+        run_ablation(settings.with_steps(text=9), tmp_path, Silent())
+    (tmp_path / "partial" / "s2-seed1" / "made_with.json").write_text("{")
+    with pytest.raises(ValueError, match=r"out must hold readable files .* to begin that run anew"):
+        run_ablation(settings, tmp_path, Silent())
 
 
 def test_a_budget_that_is_spent_begins_nothing(tmp_path: Path) -> None:
     show = Silent()
     assert run_ablation(TINY, tmp_path, show, limit=1e-9).runs == {}
     assert show.stages == [] and show.notes == ["stopped: 0 s are left"]
-
-
-def test_no_run_begins_that_would_not_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hour(*arguments: Any) -> dict[str, Any]:
-        return {**usual(*arguments), "seconds": 3600.0}
-
-    usual = ablate.one_run
-    monkeypatch.setattr(ablate, "one_run", hour)
-    show = Silent()
-    outcome = run_ablation(replace(TINY, seeds=(0,)), tmp_path, show, limit=1000.0)
-    assert list(outcome.runs) == [("dense", 0)] and outcome.open == [("s2", 0), ("s2+1", 0)]
-    assert len(show.stages) == 1 and "a run takes 3600 s" in show.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +255,15 @@ def test_pairs_that_are_not_equal_are_marked(tmp_path: Path) -> None:
     assert planned[4] == "no" and outcome.runs["s2+2", 0]["tasks"] is None
 
 
+def test_large_is_what_the_targets_ask_of_a_graphics_card() -> None:
+    large = AblateSettings.of("large")
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Block(large.model, 0).parameters()) * large.model.layers > 50e6
+    assert large.text.steps * large.text.batch * large.text.context > 100e6 and large.device == "cuda"
+    assert large.tasks.curriculum.start == 4096 and max(large.tasks.lengths) == 131072
+    assert all(one.within(large.tolerance) for one in replace(large, recipes=("window", "s2", "s2+1", "s2+4")).matched())
+
+
 def test_small_is_a_whole_ablation() -> None:
     small = AblateSettings.of("small")
     plain = {"dense", "window", "sink_window", "homogeneous", "s2", "stripes", "ranges", "power", "dilated", "longnet"}
@@ -246,7 +275,7 @@ def test_small_is_a_whole_ablation() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AblateSettings.of("huge"), r"size must be one of tiny, small; got 'huge'"),
+        (lambda: AblateSettings.of("huge"), r"size must be one of tiny, small, large; got 'huge'"),
         (lambda: replace(TINY, recipes=("chess",)), r"recipes must be among dense, .*; got 'chess'"),
         (lambda: replace(TINY, recipes=()), r"recipes and seeds must not be empty"),
         (lambda: replace(TINY, seeds=(1, 1)), r"seeds must not repeat; got \(1, 1\)"),

@@ -55,7 +55,7 @@ def test_options_change_the_settings_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--size", "huge"], "s2attn: size must be one of tiny, small; got 'huge'"),
+        (["--size", "huge"], "s2attn: size must be one of tiny, small, large; got 'huge'"),
         (["--recipes", "chess"], "s2attn: recipes must be among dense, window"),
         (["--tasks", "chess"], "s2attn: task must be one of passkey, needle, recall, copy, tracking; got 'chess'"),
         (["--seeds", "0"], "s2attn: --seeds must be an integer >= 1; got 0"),
