@@ -11,6 +11,8 @@ from s2attn.core import bad_value
 from s2attn.lab.ablate_record import KIND as ABLATION
 from s2attn.lab.ablate_settings import Record
 from s2attn.lab.evidence_ablation import SECTIONS, ablation_pictures, ablation_sections
+from s2attn.lab.evidence_reach import KIND as REACH
+from s2attn.lab.evidence_reach import reach_pictures, reach_sections, reach_targets
 from s2attn.lab.evidence_targets import ablation_targets, targets_table
 from s2attn.lab.guidelines import GUIDELINES
 
@@ -37,6 +39,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     ABLATION: Kind("the `record.json` of an [ablation](how-to/ablate.md)", ablation_sections, ablation_pictures, ablation_targets),
+    REACH: Kind("the `record.json` of a [study of reach](how-to/reach-study.md)", reach_sections, reach_pictures, reach_targets),
 }
 """By what a record calls its kind, in the order of the page."""
 

@@ -17,7 +17,7 @@ LEARNED = 0.9
 """A (question, place) whose answers are right in at least this share is learned; a guess is right in a tenth."""
 
 KEPT = ("pattern", "layers", "seed", "train_seconds", "questions", "places", "hops", "right")
-"""What ``results.json`` has of every run beside its summary."""
+"""What ``record.json`` has of every run beside its summary."""
 
 Cell = tuple[int, float]
 """Of a question and a place: the predicted hops, and the share of right answers."""
@@ -147,7 +147,7 @@ def plan_table(outcome: Outcome) -> list[list[str]]:
 
 
 def write_report(outcome: Outcome, out: Path, command: str) -> Path:
-    """Write ``results.json``, the pictures and ``report.md`` into ``out``.
+    """Write ``record.json``, the pictures and ``report.md`` into ``out``.
 
     Args:
         command: how the study was started, for the reader.
@@ -160,15 +160,15 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
     ]
     facts = {"kind": "reach", "size": settings.size, "settings": settings.facts(), "command": command, "host": host[-1:]}
     still_open = [case.name for case in outcome.open]
-    write_json({**facts, "open": still_open, "totals": made, "summary": found, "runs": kept}, out / "results.json")
+    write_json({**facts, "open": still_open, "totals": made, "summary": found, "runs": kept}, out / "record.json")
     parts = [_head(outcome, host), "## What is asked", _asked(outcome), markdown(plan_table(outcome))]
     if found:
         distance_chart(found, out / "distances.png")
         hops_chart(made, out / "hops.png")
-        parts += ["## Reachable and learned", _verdict(made), markdown(totals_table(made)), "![exact answers over distance](distances.png)"]
+        parts += ["## Reachable and learned", verdict(made), markdown(totals_table(made)), "![exact answers over distance](distances.png)"]
         parts += ["## Hops", _hops_note(), markdown(hops_table(made)), "![exact answers over hops](hops.png)"]
         parts += ["## Runs", _runs_note(), markdown(result_table(found))]
-    parts.append(f"## How it was made\n\n`{command}`. Every run is a file in `runs/`, all of them are in `results.json`.")
+    parts.append(f"## How it was made\n\n`{command}`. Every run is a file in `runs/`, all of them are in `record.json`.")
     page = out / "report.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -197,7 +197,8 @@ def _asked(outcome: Outcome) -> str:
     )
 
 
-def _verdict(made: Record) -> str:
+def verdict(made: Record) -> str:
+    """What the totals say, in a sentence or two."""
     within, outside = made["reachable"], made["unreachable"]
     words = [f"A question at a place is *learned* when {100 * LEARNED:.0f} % of its answers are right; a guess is in {100 // DIGITS} %."]
     if outside["learned"]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from s2attn.cli.app import app
@@ -84,7 +85,21 @@ def test_without_records_the_page_says_what_would_measure() -> None:
     page = evidence_page({})
     assert "Nothing was measured yet; `s2attn ablate` would do that." in section(page, "Results")
     assert "Nothing was measured yet; `s2attn ablate --recipes dense,homogeneous,s2` would do that." in section(page, "Heads that differ")
-    assert section(page, "Targets").count("| not measured |") == len(TARGETS)
+    assert section(page, "Targets").count("| not measured |") == len(TARGETS) + 1
+    assert "`s2attn reach` would do that" in section(page, "Reach and recall")
+
+
+@pytest.mark.parametrize(("learned", "word"), [(0, "met"), (1, "**missed**")])
+def test_a_study_of_reach_stands_on_the_page(learned: int, word: str, tmp_path: Path) -> None:
+    within, outside = {"asked": 4, "learned": 3, "exact": 0.9}, {"asked": 2, "learned": learned, "exact": 0.1}
+    totals = {"reachable": within, "unreachable": outside, "by_hops": {"1": within}}
+    last = {"distance": [20, 10], "hops": [-1, 1], "exact": [0.1, 1.0]}
+    one = {"pattern": "window", "layers": 1, "seed": 0, "reach": 10, "learned": 10, "seconds": 7.0, "last": last, **totals}
+    record = {"kind": "reach", "command": "s2attn reach", "totals": totals, "summary": [one]}
+    page = write_page({"far": record}, tmp_path / "evidence.md").read_text()
+    assert "Of what can be reached, 75 % is learned." in section(page, "Reach and recall") and "seconds" not in page
+    assert f"| {learned} of 2 | `far` | {word} |" in section(page, "Targets")
+    assert {path.name for path in (tmp_path / "evidence").iterdir()} == set(re.findall(r"\]\(evidence/([^)]+)\)", page))
 
 
 def test_what_was_run_is_told() -> None:
@@ -229,7 +244,7 @@ def test_the_command_writes_the_page_of_a_folder(tmp_path: Path) -> None:
     assert result.exit_code == 0 and out.read_text() == evidence_page(committed_records(records))
     (records / "other.json").write_text('{"kind": "chess"}')
     result = CliRunner().invoke(app, ["evidence", "--records", str(records), "--out", str(out)])
-    assert result.exit_code == 2 and "record must be of a kind among ablation" in result.stderr and "'chess'" in result.stderr
+    assert result.exit_code == 2 and "record must be of a kind among ablation, reach" in result.stderr and "'chess'" in result.stderr
     (records / "other.json").write_text("[]")
     result = CliRunner().invoke(app, ["evidence", "--records", str(records), "--out", str(out)])
     assert result.exit_code == 2 and "record must be a JSON object with a kind" in result.stderr

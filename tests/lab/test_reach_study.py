@@ -257,7 +257,7 @@ def test_the_report_shows_everything(tmp_path: Path) -> None:
     assert "1 of 3 runs are open: window-layers1-seed0" in page
     assert "Of what can be reached, 75 % is learned." in page and "a bug in the prediction" not in page
     assert all(f"]({name})" in page and (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("distances.png", "hops.png"))
-    found = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "record.json").read_text())
     assert found["kind"] == "reach" and found["settings"] == TINY.facts() and found["host"] == [HOST]
     assert found["summary"] == summary(OUTCOME) and found["totals"] == totals([WINDOW, OPEN])
     assert [(run["hops"], run["right"]) for run in found["runs"]] == [(run["hops"], run["right"]) for run in (WINDOW, OPEN)]

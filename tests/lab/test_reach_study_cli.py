@@ -28,7 +28,7 @@ def test_a_tiny_study_ends_early_goes_on_and_reports(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "none of its numbers means anything" in result.stdout and "runs are open" not in result.stdout
     assert "Reachable and learned" in result.stdout and "By hops" in result.stdout
-    found = json.loads((out / "results.json").read_text())
+    found = json.loads((out / "record.json").read_text())
     assert [one["name"] for one in found["summary"]] == [f"{name}-layers{n}-seed0" for name in ("window", "s2") for n in (1, 2)]
     assert found["open"] == [] and found["host"][0]["torch"] and found["kind"] == "reach"
     again = run(*QUICK, "--out", str(out))
