@@ -107,7 +107,7 @@ def ablate(
     tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas; those of the size when left out, none when empty.")] = None,
     seeds: Annotated[int | None, typer.Option(help="So many seeds, from 0 on.")] = None,
     budget: Annotated[float | None, typer.Option(help="Listed pairs of each recipe over those of a dense model.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps on text.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps on text; 0 leaves the text out.")] = None,
     task_steps: Annotated[int | None, typer.Option(help="Training steps on the tasks.")] = None,
     stretch: Annotated[str | None, typer.Option(help="Rotary scaling above the trained length: interpolation or ntk.")] = None,
     limit: Annotated[float | None, typer.Option(help="Seconds; a run that is then under way goes on with the next call.")] = None,

@@ -77,9 +77,12 @@ def one_run(settings: AblateSettings, recipe: Matched, seed: int, corpus: Corpus
     config, tasks = settings.model.with_recipe(recipe.recipe), settings.tasks
     record: Record = {"name": recipe.name, "seed": seed, "made_with": settings.facts(), "recipe": json.loads(recipe.recipe.to_json())}
     record["host"] = around.gauge.host()
-    record["text"] = so_far.once("text", lambda: _learn_text(settings, config, seed, corpus, so_far, around))
+    record["text"] = record["tasks"] = None
+    if settings.reads_text:
+        record["text"] = so_far.once("text", lambda: _learn_text(settings, config, seed, corpus, so_far, around))
     record["memory"] = so_far.once("memory", lambda: memory_of(settings, config, seed, corpus, around))
-    record["tasks"] = so_far.once("tasks", lambda: _learn_tasks(tasks, config, seed, so_far, around)) if tasks.names else None
+    if tasks.names:
+        record["tasks"] = so_far.once("tasks", lambda: _learn_tasks(tasks, config, seed, so_far, around))
     record["seconds"] = so_far.seconds
     return record
 

@@ -47,7 +47,7 @@ def _run(run: Record) -> Record:
     return {
         "name": run["name"],
         "seed": run["seed"],
-        "text": {key: value for key, value in run["text"].items() if key not in _TIMES},
+        "text": None if run["text"] is None else {key: value for key, value in run["text"].items() if key not in _TIMES},
         "tasks": None if tasks is None else {key: value for key, value in tasks.items() if key != "losses"},
         "memory": run["memory"],
         "host": run["host"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -39,16 +39,16 @@ def summary(outcome: Outcome) -> list[Record]:
         runs = runs_of(outcome, one.name)
         if not runs:
             continue
-        losses = {seed: run["text"]["validation_loss"] for seed, run in runs.items()}
-        shared = [losses[seed] / dense[seed]["text"]["validation_loss"] - 1 for seed in losses if seed in dense]
-        speeds = [run["text"]["bytes_per_second"] for run in runs.values() if "bytes_per_second" in run["text"]]
+        losses, dense_losses = losses_of(runs), losses_of(dense)
+        shared = [losses[seed] / dense_losses[seed] - 1 for seed in losses if seed in dense_losses]
+        speeds = [run["text"]["bytes_per_second"] for run in runs.values() if "bytes_per_second" in (run["text"] or {})]
         steps = [run["memory"]["step_bytes"] for run in runs.values() if run["memory"]["step_bytes"] is not None]
         first = next(iter(runs.values()))
         found.append(
             {
                 **_pairs(one, outcome),
                 "seeds": sorted(runs),
-                "validation_loss": spread(list(losses.values())),
+                "validation_loss": spread(list(losses.values())) if losses else None,
                 "vs_dense": spread(shared) if shared else None,
                 "tasks": {name: spread([score_of(run, name).mean for run in runs.values()]) for name in tasks_of(runs)},
                 "tokens_per_second": median(speeds) if speeds else None,
@@ -58,6 +58,11 @@ def summary(outcome: Outcome) -> list[Record]:
             }
         )
     return found
+
+
+def losses_of(runs: Mapping[int, Record]) -> dict[int, float]:
+    """Validation loss by seed; nothing where no text was read."""
+    return {seed: run["text"]["validation_loss"] for seed, run in runs.items() if run["text"] is not None}
 
 
 def _pairs(one: Matched, outcome: Outcome) -> Record:
@@ -153,12 +158,12 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
     host = [outcome.runs[key]["host"] for key in outcome.runs]
     write_json(record_of(outcome, command), out / "record.json")
     pictures = []
-    if found:
+    if found and outcome.settings.reads_text:
         loss_chart(outcome, out / "losses.png")
         pictures.append("![validation loss](losses.png)")
-        if any(one["tasks"] for one in found):
-            task_chart(found, out / "tasks.png")
-            pictures.append("![exact answers](tasks.png)")
+    if any(one["tasks"] for one in found):
+        task_chart(found, out / "tasks.png")
+        pictures.append("![exact answers](tasks.png)")
     parts = [
         _head(outcome, host),
         "## Equal work",
@@ -191,14 +196,17 @@ def _equal(outcome: Outcome) -> str:
     said = (
         f"Every recipe shall list {100 * settings.budget:g} % of the (query, key) pairs of a dense model, all {shape.layers} layers "
         f"together, at {shape.seqlen:,} tokens; within {100 * settings.tolerance:g} % that counts as equal. The width of the window is "
-        f"what was solved for. Every model reads {text.steps * text.batch * text.context:,} tokens of text, for one seed the same ones "
-        "in the same order"
+        "what was solved for. "
     )
+    if settings.reads_text:
+        tokens = text.steps * text.batch * text.context
+        said += f"Every model reads {tokens:,} tokens of text, for one seed the same ones in the same order"
     if not tasks.names:
         return said + "."
+    said += "; another one from the same start" if settings.reads_text else "Every model"
     lengths = ", ".join(map(str, tasks.curriculum.lengths))
     above = f"Rotary positions are scaled ({tasks.stretch}) above that." if tasks.stretch else "Above that, nothing is scaled."
-    return f"{said}; another one from the same start learns the tasks from {tasks.tokens:,} tokens at lengths {lengths}. {above}"
+    return f"{said} learns the tasks from {tasks.tokens:,} tokens at lengths {lengths}. {above}"
 
 
 def _results_note(outcome: Outcome) -> str:

@@ -62,6 +62,7 @@ class AblateSettings:
 
     Attributes:
         text: the training of the language models, of which the validation loss comes.
+        reads_text: False leaves that training out, and only the tasks are learned; pairs are still counted at the context of ``text``.
         budget: listed pairs of every recipe over those of a dense model, all layers together.
         tolerance: greatest difference from the budget that counts as equal.
         block: tokens of the grid that patterns live on.
@@ -81,6 +82,7 @@ class AblateSettings:
     block: int = 16
     max_files: int | None = None
     device: str = "cpu"
+    reads_text: bool = True
 
     def __post_init__(self) -> None:
         known = designs(self.model.layers)
@@ -94,6 +96,8 @@ class AblateSettings:
                 raise bad_value(name, "must not repeat", getattr(self, name))
         for seed in self.seeds:
             check_int("seeds", seed, 0)
+        if not self.reads_text and not self.tasks.names:
+            raise bad_value("steps and tasks", "must not leave out both", "neither")
         if self.device not in DEVICES:
             raise bad_value("device", f"must be one of {', '.join(DEVICES)}", repr(self.device))
 
@@ -132,10 +136,12 @@ class AblateSettings:
         return Shape.of(self.model, self.text.context, self.block)
 
     def with_steps(self, text: int | None = None, tasks: int | None = None) -> AblateSettings:
-        """The same with other numbers of steps, warmed up and validated in proportion."""
+        """The same with other numbers of steps, warmed up and validated in proportion; 0 on text leaves it out."""
         made = self
-        if text is not None:
-            steps = check_int("steps", text, 1)
+        steps = None if text is None else check_int("steps", text, 0)
+        if steps == 0:
+            made = replace(made, reads_text=False)
+        elif steps is not None:
             made = replace(made, text=replace(made.text, steps=steps, warmup=steps // 20, eval_every=max(1, -(-steps // 8))))
         if tasks is not None:
             steps = check_int("task steps", tasks, 1)
@@ -150,7 +156,7 @@ class AblateSettings:
     def facts(self) -> Record:
         """The settings that every run of a folder must share, as plain JSON values: all but the lists of recipes and seeds."""
         values = asdict(replace(self, model=self.model.with_recipe(SMALL.recipe)))
-        for name in ("recipes", "seeds", "size"):
+        for name in ("recipes", "seeds", "size", *(("reads_text",) if self.reads_text else ())):
             del values[name]
         values["model"] = json.loads(self.model.with_recipe(SMALL.recipe).to_json())
         return json.loads(json.dumps(values))

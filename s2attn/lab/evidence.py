@@ -110,7 +110,7 @@ def timed_guidelines() -> list[str]:
 
 def limits(records: Records) -> str:
     """What may not be concluded."""
-    sizes = [run["text"] for record in _of_kind(records, ABLATION).values() for run in record["runs"]]
+    sizes = [run["text"] for record in _of_kind(records, ABLATION).values() for run in record["runs"] if run["text"] is not None]
     said = "These are small models"
     if sizes:
         weights, tokens = max(one["parameters"] for one in sizes), max(one["bytes_read"] for one in sizes)

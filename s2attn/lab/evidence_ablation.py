@@ -68,17 +68,21 @@ def what_was_run(found: Found) -> Iterator[str]:
     runs, model, text, tasks = list(outcome.runs.values()), settings.model, settings.text, settings.tasks
     if not runs:
         return
-    weights = ", ".join(f"{count:,}" for count in sorted({run["text"]["parameters"] for run in runs}))
     said = (
         f"`{found.command}`: {model.layers} layers of width {model.width}, {model.heads} query heads on {model.kv_heads} KV heads of width "
-        f"{model.head_dim}, {weights} parameters. Every model reads {text.steps * text.batch * text.context:,} tokens (bytes of text) at a "
-        f"context of {text.context:,}, for one seed the same ones in the same order from the same start"
+        f"{model.head_dim}, {found.parameters:,} parameters. Every model "
     )
+    if settings.reads_text:
+        said += (
+            f"reads {text.steps * text.batch * text.context:,} tokens (bytes of text) at a context of {text.context:,}, for one seed the "
+            "same ones in the same order from the same start"
+        )
     if tasks.names:
         learned, asked = (", ".join(f"{length:,}" for length in one) for one in (tasks.curriculum.lengths, tasks.lengths))
         scaled = f"scaled ({tasks.stretch}) above that" if tasks.stretch else "never scaled"
+        said += "; another one from that start " if settings.reads_text else ""
         said += (
-            f"; another one from that start learns {' and '.join(tasks.names)} from {tasks.tokens:,} tokens at lengths {learned}, its "
+            f"learns {' and '.join(tasks.names)} from {tasks.tokens:,} tokens at lengths {learned}, its "
             f"rotary positions {scaled}, and is asked {tasks.samples} sequences at each of the lengths {asked} and each of "
             f"{len(tasks.depths)} depths"
         )
@@ -126,7 +130,8 @@ def results(found: Found) -> Iterator[str]:
 def _unfinished_learning(found: Found) -> Iterator[str]:
     """How steep the losses still are at the end, without which a loss below the dense one reads as more than it is."""
     text = found.outcome.settings.text
-    ends = [run["text"]["validation"][-2:] for run in found.outcome.runs.values() if len(run["text"]["validation"]) > 1]
+    curves = [run["text"]["validation"] for run in found.outcome.runs.values() if run["text"] is not None]
+    ends = [curve[-2:] for curve in curves if len(curve) > 1]
     if not ends:
         return
     steps = max(last[0] - before[0] for before, last in ends)
@@ -157,7 +162,7 @@ def telling(found: Found) -> list[str]:
 
 def picture_names(found: Found) -> dict[str, str]:
     """The pictures of a record, by file name, with what they show."""
-    names = {f"{found.name}-losses.png": "validation loss"} if found.recipes else {}
+    names = {f"{found.name}-losses.png": "validation loss"} if found.recipes and found.outcome.settings.reads_text else {}
     if found.recipes and found.tasks:
         names[f"{found.name}-tasks.png"] = "exact answers"
     return {**names, **{f"{found.name}-heat-{name}.png": f"{name}, by depth and length" for name in telling(found)}}
@@ -192,15 +197,18 @@ def spread_words(difference: Paired) -> str:
 
 def beside(found: Found, name: str, other: str) -> Iterator[str]:
     """One recipe beside another: loss and every task, by paired differences."""
-    loss = found.loss_beside(name, other) if {name, other} <= set(found.names) else None
-    if loss is None:
+    if not {name, other} <= set(found.names):
         return
-    said = [f"loss {loss.text('%')}, {spread_words(loss)}"]
+    loss = found.loss_beside(name, other)
+    differences = [] if loss is None else [(loss, f"loss {loss.text('%')}, {spread_words(loss)}")]
     for task in found.tasks:
         more = found.exact_beside(name, other, task)
         if more is not None:
-            said.append(f"{task} {more.text('points', digits=1)}, {spread_words(more)}")
-    seeds = f"{len(loss.values)} seed{'s' if len(loss.values) > 1 else ''}"
+            differences.append((more, f"{task} {more.text('points', digits=1)}, {spread_words(more)}"))
+    if not differences:
+        return
+    count, said = len(differences[0][0].values), [words for _, words in differences]
+    seeds = f"{count} seed{'s' if count > 1 else ''}"
     unequal = "" if "dense" in (name, other) or found.equal(name, other) else " (their pairs are not equal)"
     yield f"* `{name}` beside `{other}`{unequal}, {seeds}: {'; '.join(said)}."
 
@@ -220,9 +228,8 @@ def dense_layers(found: Found) -> Iterator[str]:
     lines = []
     for name in found.hybrids:
         off = found.loss_beside(name, "dense")
-        if off is not None:
-            near = "within" if off.mean <= LOSS_GOAL else "not within"
-            lines += [f"{line} That is {near} {100 * LOSS_GOAL:g} % of the dense loss." for line in beside(found, name, "dense")]
+        near = "" if off is None else f" That is {'' if off.mean <= LOSS_GOAL else 'not '}within {100 * LOSS_GOAL:g} % of the dense loss."
+        lines += [f"{line}{near}" for line in beside(found, name, "dense")]
     chain = [*(["s2"] if "s2" in found.names else []), *found.hybrids]
     for fewer, more in pairwise(chain):
         lines += beside(found, more, fewer)

@@ -9,8 +9,9 @@ from statistics import mean
 from s2attn.lab.ablate import Outcome
 from s2attn.lab.ablate_match import Matched
 from s2attn.lab.ablate_record import outcome_of
-from s2attn.lab.ablate_report import runs_of, score_of, summary
+from s2attn.lab.ablate_report import losses_of, runs_of, score_of, summary
 from s2attn.lab.ablate_settings import Record
+from s2attn.lab.model import LanguageModel
 from s2attn.lab.paired import Paired, paired
 from s2attn.lab.tasks import Scores
 
@@ -66,6 +67,11 @@ class Found:
         return length if tasks.names and length in tasks.lengths else None
 
     @cached_property
+    def parameters(self) -> int:
+        """Of every model."""
+        return LanguageModel(self.outcome.settings.model).num_parameters
+
+    @cached_property
     def summary(self) -> list[Record]:
         return summary(self.outcome)
 
@@ -75,7 +81,7 @@ class Found:
 
     def loss(self, name: str) -> dict[int, float]:
         """Validation loss by seed."""
-        return {seed: run["text"]["validation_loss"] for seed, run in runs_of(self.outcome, name).items()}
+        return losses_of(runs_of(self.outcome, name))
 
     def scores(self, name: str, task: str) -> dict[int, Scores]:
         """The scores of a recipe by seed."""

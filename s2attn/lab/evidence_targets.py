@@ -62,11 +62,10 @@ def _heterogeneous(found: Found) -> Iterator[Reading]:
 
 
 def _large(found: Found) -> Iterator[Reading]:
-    settings, runs = found.outcome.settings, list(found.outcome.runs.values())
+    settings = found.outcome.settings
     tokens = settings.text.steps * settings.text.batch * settings.text.context
-    weights = max((run["text"]["parameters"] for run in runs), default=0)
     longest = max(settings.text.context, *(settings.tasks.lengths if settings.tasks.names else ()), 0)
-    if settings.device == "cuda" and weights >= 50_000_000 and tokens >= 100_000_000 and longest >= 131072:
+    if settings.device == "cuda" and found.parameters >= 50_000_000 and tokens >= 100_000_000 and longest >= 131072:
         yield from _near_dense(found)
 
 

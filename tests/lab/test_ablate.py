@@ -16,9 +16,11 @@ import torch
 from s2attn import Recipe
 from s2attn.lab import ablate
 from s2attn.lab.ablate import Outcome, run_ablation
+from s2attn.lab.ablate_record import outcome_of, record_of
 from s2attn.lab.ablate_report import mean_scores, plan_table, result_table, summary, write_report
 from s2attn.lab.ablate_settings import AblateSettings
 from s2attn.lab.data import Windows, read_corpus
+from s2attn.lab.evidence import evidence_page
 from s2attn.lab.folder import Gauge, Watch
 from s2attn.lab.model import Block, LanguageModel
 from s2attn.lab.partial import Partial
@@ -255,6 +257,24 @@ def test_pairs_that_are_not_equal_are_marked(tmp_path: Path) -> None:
     assert planned[4] == "no" and outcome.runs["s2+2", 0]["tasks"] is None
 
 
+def test_an_ablation_of_the_tasks_alone(whole: tuple[Outcome, Path], tmp_path: Path) -> None:
+    settings = replace(TINY.with_steps(text=0), recipes=("dense", "s2"), seeds=(1,))
+    outcome = run_ablation(settings, tmp_path, Silent())
+    for key, run in outcome.runs.items():
+        assert run["text"] is None and run["tasks"] == whole[0].runs[key]["tasks"]
+    page = write_report(outcome, tmp_path, "s2attn ablate").read_text()
+    assert not (tmp_path / "losses.png").exists() and "losses.png" not in page and "tasks.png" in page and "tokens of text" not in page
+    assert [line[3] for line in result_table(summary(outcome))[1:]] == ["-", "-"]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert outcome_of(record).settings == settings and record_of(outcome_of(record), "s2attn ablate") == record
+    found = evidence_page({"tasks": record})
+    assert "Every model learns passkey and recall from 512 tokens" in found and "loss +" not in found and "passkey +" in found
+    with pytest.raises(ValueError, match="out must be a folder of the same settings; reads_text differ"):
+        run_ablation(settings, whole[1], Silent())
+    with pytest.raises(ValueError, match="steps and tasks must not leave out both"):
+        replace(settings, tasks=replace(settings.tasks, names=()))
+
+
 def test_large_is_what_the_targets_ask_of_a_graphics_card() -> None:
     large = AblateSettings.of("large")
     with torch.device("meta"):
@@ -282,7 +302,7 @@ def test_small_is_a_whole_ablation() -> None:
         (lambda: replace(TINY.tasks, names=("chess",)), r"task must be one of passkey"),
         (lambda: replace(TINY.tasks, lengths=(32,), names=("recall",)), r"task lengths must be at least 60 for recall"),
         (lambda: replace(TINY.tasks, stretch="yarn"), r"Stretch method must be one of interpolation, ntk"),
-        (lambda: TINY.with_steps(text=0), r"steps must be an integer >= 1; got 0"),
+        (lambda: TINY.with_steps(text=-1), r"steps must be an integer >= 0; got -1"),
         (lambda: Watch(-1.0), r"limit must be a positive number of seconds; got -1.0"),
     ],
 )

@@ -60,7 +60,7 @@ def test_options_change_the_settings_and_nothing_else() -> None:
         (["--tasks", "chess"], "s2attn: task must be one of passkey, needle, recall, copy, tracking; got 'chess'"),
         (["--seeds", "0"], "s2attn: --seeds must be an integer >= 1; got 0"),
         (["--budget", "1.5", "--plan"], "s2attn: budget must be above 0 and below 1; got 1.5"),
-        (["--steps", "0"], "s2attn: steps must be an integer >= 1; got 0"),
+        (["--steps", "-1"], "s2attn: steps must be an integer >= 0; got -1"),
         (["--stretch", "yarn"], "s2attn: Stretch method must be one of interpolation, ntk; got 'yarn'"),
         (["--device", "tpu"], "s2attn: device must be one of cpu, cuda; got 'tpu'"),
         (["--precision", "float8"], "s2attn: precision must be one of float32, bfloat16; got 'float8'"),

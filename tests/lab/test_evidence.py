@@ -20,6 +20,7 @@ from s2attn.lab.evidence import committed_records, evidence_page, write_page
 from s2attn.lab.evidence_ablation import telling
 from s2attn.lab.evidence_found import Found
 from s2attn.lab.evidence_targets import TARGETS, ablation_targets
+from s2attn.lab.model import LanguageModel
 from s2attn.lab.paired import Paired
 from s2attn.lab.tasks import Curriculum
 from s2attn.lab.train import TrainConfig
@@ -104,7 +105,7 @@ def test_a_study_of_reach_stands_on_the_page(learned: int, word: str, tmp_path: 
 
 def test_what_was_run_is_told() -> None:
     said = section(evidence_page({"small": MET}), "What was run")
-    assert "4 layers of width 32" in said and "1,234 parameters" in said and "1,024 tokens (bytes of text)" in said
+    assert "4 layers of width 32" in said and f"{weights:,} parameters" in said and "1,024 tokens (bytes of text)" in said
     assert "Machine: abacus, 1 cores" in said and "Seeds: 0, 1." in said and "| homogeneous |" in said
     assert "Not finished" not in said and "Tiny" not in said
 
@@ -210,10 +211,10 @@ def test_windows_are_told_by_their_width() -> None:
 
 def test_a_large_model_on_a_card_is_what_the_last_target_asks_for() -> None:
     text = replace(TINY.text, context=131072, batch=8, steps=100)
-    record = invented({"dense": [2.0], "s2+1": [2.01]}, text=text, device="cuda", block=256)
-    for run in record["runs"]:
-        run["text"]["parameters"] = 50_000_000
-    assert reached(record)[3] == ["met"]
+    settings = {"text": text, "device": "cuda", "block": 256}
+    wide = replace(TINY.model, width=1024, hidden=4096)
+    assert reached(invented({"dense": [2.0], "s2+1": [2.01]}, model=wide, **settings))[3] == ["met"]
+    assert reached(invented({"dense": [2.0], "s2+1": [2.01]}, **settings))[3] == ["not measured"]
 
 
 def test_unfinished_and_tiny_records_say_so() -> None:
