@@ -104,7 +104,7 @@ def test_a_study_of_reach_stands_on_the_page(learned: int, word: str, tmp_path: 
 
 
 def test_what_was_run_is_told() -> None:
-    said = section(evidence_page({"small": MET}), "What was run")
+    said, weights = section(evidence_page({"small": MET}), "What was run"), LanguageModel(TINY.model).num_parameters
     assert "4 layers of width 32" in said and f"{weights:,} parameters" in said and "1,024 tokens (bytes of text)" in said
     assert "Machine: abacus, 1 cores" in said and "Seeds: 0, 1." in said and "| homogeneous |" in said
     assert "Not finished" not in said and "Tiny" not in said
