@@ -10,10 +10,12 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from s2attn.bench.clock import peak_bytes
 from s2attn.bench.host import host_facts
 from s2attn.cli.screen import Screen, console, table
-from s2attn.core import check_int
+from s2attn.core import bad_value, check_int
 from s2attn.lab.ablate import run_ablation
 from s2attn.lab.ablate_report import plan_table, result_table, summary, write_report
 from s2attn.lab.ablate_settings import AblateSettings
@@ -51,8 +53,8 @@ def show_plan(settings: AblateSettings) -> None:
     for one in recipes:
         screen.print(f"\n[bold]{one.name}[/bold]: {one.meaning}")
         screen.print(f"  {one.recipe!r}", markup=False)
-    runs, tokens = len(settings.recipes) * len(settings.seeds), settings.text.steps * settings.text.batch * settings.text.context
-    screen.print(f"\n{runs} runs, each of {tokens:,} tokens of text and {settings.tasks.tokens:,} of tasks")
+    runs = len(settings.recipes) * len(settings.seeds)
+    screen.print(f"\n{runs} runs, each of {settings.text_tokens:,} tokens of text and {settings.tasks.tokens:,} of tasks")
 
 
 def without(lines: list[list[str]], *names: str) -> list[list[str]]:
@@ -69,6 +71,8 @@ def gauge_of(device: str) -> Gauge:
     """What measures this machine's memory, or that of its graphics card."""
     if device == "cpu":
         return Gauge(peak_bytes, host_facts)
+    if not torch.cuda.is_available():
+        raise bad_value("device", "must be a device of this machine; torch sees no CUDA device", repr(device))
     from s2attn.bench.cuda import CudaMeter
 
     return Gauge(CudaMeter().peak_bytes, partial(host_facts, device))

@@ -192,15 +192,14 @@ def _head(outcome: Outcome, host: Sequence[Record]) -> str:
 
 def _equal(outcome: Outcome) -> str:
     settings = outcome.settings
-    text, shape, tasks = settings.text, settings.shape, settings.tasks
+    shape, tasks = settings.shape, settings.tasks
     said = (
         f"Every recipe shall list {100 * settings.budget:g} % of the (query, key) pairs of a dense model, all {shape.layers} layers "
         f"together, at {shape.seqlen:,} tokens; within {100 * settings.tolerance:g} % that counts as equal. The width of the window is "
         "what was solved for. "
     )
     if settings.reads_text:
-        tokens = text.steps * text.batch * text.context
-        said += f"Every model reads {tokens:,} tokens of text, for one seed the same ones in the same order"
+        said += f"Every model reads {settings.text_tokens:,} tokens of text, for one seed the same ones in the same order"
     if not tasks.names:
         return said + "."
     said += "; another one from the same start" if settings.reads_text else "Every model"

@@ -135,6 +135,11 @@ class AblateSettings:
         """What pairs are counted over: the model at the context of its text."""
         return Shape.of(self.model, self.text.context, self.block)
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text that a model reads."""
+        return self.text.steps * self.text.batch * self.text.context if self.reads_text else 0
+
     def with_steps(self, text: int | None = None, tasks: int | None = None) -> AblateSettings:
         """The same with other numbers of steps, warmed up and validated in proportion; 0 on text leaves it out."""
         made = self

@@ -74,7 +74,7 @@ def what_was_run(found: Found) -> Iterator[str]:
     )
     if settings.reads_text:
         said += (
-            f"reads {text.steps * text.batch * text.context:,} tokens (bytes of text) at a context of {text.context:,}, for one seed the "
+            f"reads {settings.text_tokens:,} tokens (bytes of text) at a context of {text.context:,}, for one seed the "
             "same ones in the same order from the same start"
         )
     if tasks.names:

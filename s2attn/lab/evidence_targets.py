@@ -63,9 +63,8 @@ def _heterogeneous(found: Found) -> Iterator[Reading]:
 
 def _large(found: Found) -> Iterator[Reading]:
     settings = found.outcome.settings
-    tokens = settings.text.steps * settings.text.batch * settings.text.context
     longest = max(settings.text.context, *(settings.tasks.lengths if settings.tasks.names else ()), 0)
-    if settings.device == "cuda" and found.parameters >= 50_000_000 and tokens >= 100_000_000 and longest >= 131072:
+    if settings.device == "cuda" and found.parameters >= 50_000_000 and settings.text_tokens >= 100_000_000 and longest >= 131072:
         yield from _near_dense(found)
 
 

@@ -52,6 +52,19 @@ def test_options_change_the_settings_and_nothing_else() -> None:
     assert settings_of("small", recipes="", tasks="", seeds=None, budget=None, stretch=None).tasks.names == ()
 
 
+@pytest.mark.parametrize(("words", "said"), [(["--steps", "0"], "0 tokens of text and 512 of tasks"), (["--tasks", ""], "and 0 of tasks")])
+def test_the_plan_counts_what_will_be_read(words: list[str], said: str) -> None:
+    result = run(*QUICK, "--plan", *words)
+    assert result.exit_code == 0 and said in result.stdout, result.output
+
+
+def test_a_size_for_a_card_is_refused_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("ablate", "--size", "large", "--out", str(tmp_path / "none"))
+    assert result.exit_code == 2 and result.stderr.startswith("s2attn: device must be a device of this machine"), result.output
+    assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -12,21 +12,7 @@ from s2attn.lab.ablate import Outcome, run_ablation
 from s2attn.lab.ablate_record import outcome_of, record_of
 from s2attn.lab.ablate_report import summary
 from s2attn.lab.ablate_settings import AblateSettings
-from s2attn.lab.progress import Show
-
-
-class Silent(Show):
-    """Shows nothing."""
-
-    def stage(self, title: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def begin(self, total: int, unit: str) -> None: ...
-
-    def advance(self, text: str = "") -> None: ...
-
-    def end(self) -> None: ...
+from s2attn.lab.progress import Silent
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -59,7 +60,7 @@ class Work:
         k, v, plan = self.paged.copied(self.plan, self.dtype)
         return replace(self, k=k, v=v, plan=plan, paged=None)
 
-    @property
+    @cached_property
     def thin(self) -> int:
         """How many of the first runs have so few rows that their blocks are attended together."""
         return 0 if self.tile else thin_runs(self.plan, self.q.device, (self.k.shape[3], self.v.shape[3]))
