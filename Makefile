@@ -61,7 +61,7 @@ help:
 	@echo "make clean   remove what the other targets made, .venv included"
 
 demo: $(VENV)/.ready-test
-	$(BIN)/s2attn demo
+	$(BIN)/python -m experiments demo
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
@@ -113,10 +113,10 @@ format: $(VENV)/.ready-dev
 
 # No .venv: a machine with a graphics card has its own torch, and perhaps no network.
 gpu-bench:
-	$(PYTHON) -m s2attn.bench run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
+	$(PYTHON) -m benchmarks run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 gpu-tune:
-	$(PYTHON) -m s2attn.bench tune --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
+	$(PYTHON) -m benchmarks tune --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-* out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

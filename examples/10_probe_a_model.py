@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2attn
 from s2attn import Dense, PerHead, Recipe, Sink, Window
-from s2attn.lab.compare import NeedsTraining
+from s2attn.analysis.compare import NeedsTraining
 
 torch.manual_seed(0)
 shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import s2attn
 from s2attn.distributed import projection
-from s2attn.testing.ranks import run_here, run_ranks, values
+from tests.support.ranks import run_here, run_ranks, values
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 2048, 8, 4, 32, 256
 PATTERN = s2attn.Local(4) | s2attn.Stride(8)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import s2attn
 from s2attn import Local, Recipe, Shards, Stride
-from s2attn.lab.model import LanguageModel, ModelConfig
+from experiments.model import LanguageModel, ModelConfig
 from s2attn.nn.rotary import frequencies, rotations
 
 TOKENS, STEPS = 512, 4

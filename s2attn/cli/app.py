@@ -49,7 +49,7 @@ def demo(
 ) -> None:
     """Train a dense and an S2 model on real text, write with it, time attention, and leave a report: about five minutes."""
     with clear_errors():
-        from s2attn.cli.demo import show_demo
+        from experiments.cli.demo import show_demo
 
         show_demo(out, quick=quick, steps=steps, seed=seed, flex=flex)
 
@@ -64,7 +64,7 @@ def train(
 ) -> None:
     """Train a small language model on a folder of text: any recipe, packed documents, exact resume; under torchrun with FSDP2."""
     with clear_errors():
-        from s2attn.cli.train import show_training
+        from experiments.cli.train import show_training
 
         changes = list(set_ or ())
         changes += [] if out is None else [f"run.out={dumps(out)}"]
@@ -90,7 +90,7 @@ def generate(
 ) -> None:
     """Let a trained model write, live, through a cache that gives back the keys which no later byte can read."""
     with clear_errors():
-        from s2attn.cli.generate import Source, show_generation, stop_bytes
+        from experiments.cli.generate import Source, show_generation, stop_bytes
         from s2attn.nn.sampling import Sampling
 
         sampling = Sampling(count, stop_bytes(stop), temperature, top_k, top_p, seed)
@@ -119,7 +119,7 @@ def ablate(
     with clear_errors():
         from dataclasses import replace
 
-        from s2attn.cli.ablate import settings_of, show_ablation, show_plan
+        from experiments.cli.ablate import settings_of, show_ablation, show_plan
 
         settings = settings_of(size, recipes=recipes, tasks=tasks, seeds=seeds, budget=budget, stretch=stretch)
         settings = replace(settings.with_steps(steps, task_steps), device=device or settings.device)
@@ -143,7 +143,7 @@ def reach(
 ) -> None:
     """Train tiny models to recall one digit, and see whether they learn it exactly where their pattern reaches through their layers."""
     with clear_errors():
-        from s2attn.cli.reach import settings_of, show_plan, show_reach
+        from experiments.cli.reach import settings_of, show_plan, show_reach
 
         settings = settings_of(size, patterns=patterns, seeds=seeds, steps=steps)
         if plan:
@@ -164,7 +164,7 @@ def tune(
 ) -> None:
     """Measure which tiles are the fastest on this graphics card, and write the table that launches look up."""
     with clear_errors():
-        from s2attn.bench.tune_session import run_tune
+        from s2attn.tuning.tune_session import run_tune
 
         print("\n".join(run_tune(out=out, ops=ops, dims=dims, blocks=blocks, dtype=dtype, size=size, limit=limit)))
 
@@ -181,7 +181,7 @@ def recall(
 ) -> None:
     """Do selectors find what matters? The attention mass that each keeps, beside the most that as many blocks could keep."""
     with clear_errors():
-        from s2attn.cli.choosing import show_recall
+        from experiments.cli.choosing import show_recall
 
         show_recall(checkpoint, text=text, seqlen=seqlen, block=block, coverages=coverages, png=png, seed=seed)
 
@@ -199,7 +199,7 @@ def calibrate(
 ) -> None:
     """Fit XAttention's coverage to every head of a model, and say what the table keeps of text that it has not seen."""
     with clear_errors():
-        from s2attn.cli.choosing import run_calibrate
+        from experiments.cli.choosing import run_calibrate
 
         run_calibrate(checkpoint, out, text=text, stride=stride, block=block, target=target, windows=windows, seqlen=seqlen)
 
@@ -261,7 +261,7 @@ def cpu(
 ) -> None:
     """s2attn on this CPU against torch's dense attention and a compiled FlexAttention."""
     with clear_errors():
-        from s2attn.cli.bench import bench_cpu
+        from benchmarks.cpu import bench_cpu
 
         bench_cpu(out, lengths=lengths, peers=peers, quick=quick, seed=seed)
 
@@ -288,8 +288,8 @@ def run(
 ) -> None:
     """Suites for a graphics card, within a time limit: attention, training and prefill, paged decoding, inference, choosing blocks."""
     with clear_errors():
-        from s2attn.bench.session import plan_of
-        from s2attn.cli.bench import bench_run
+        from benchmarks.session import plan_of
+        from benchmarks.cpu import bench_run
 
         names = {
             "size": size,
@@ -311,7 +311,7 @@ def compare(
 ) -> None:
     """Records as tables, beside each other."""
     with clear_errors():
-        from s2attn.cli.bench import bench_compare
+        from benchmarks.cpu import bench_compare
 
         bench_compare(records, plot)
 
@@ -323,7 +323,7 @@ def report(
 ) -> None:
     """The page of all measurements, from records and nothing else: curves, where we lose, and what was never measured."""
     with clear_errors():
-        from s2attn.cli.bench import bench_report
+        from benchmarks.cpu import bench_report
 
         bench_report(records, out)
 
@@ -335,7 +335,7 @@ def evidence(
 ) -> None:
     """The page of what models learned under which patterns, from records and nothing else: guidelines, targets, limits."""
     with clear_errors():
-        from s2attn.cli.evidence import show_evidence
+        from experiments.cli.evidence import show_evidence
 
         show_evidence(records, out)
 

@@ -14,8 +14,8 @@ import torch
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
 from s2attn.core import Unsupported, bad_value, check_int
-from s2attn.lab.compare import NeedsTraining, compare
-from s2attn.lab.suggest import suggest
+from s2attn.analysis.compare import NeedsTraining, compare
+from s2attn.analysis.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
         raise bad_value("MODEL", "must be a folder with a config.json", str(folder))
     tokens = pieces(read_tokens(folder, reading.file), reading)
     if (folder / "weights.pt").is_file():
-        from s2attn.lab.train import load_model
+        from experiments.train import load_model
 
         model: Any = load_model(folder)
     elif json.loads((folder / "config.json").read_text()).get("model_type") == "phi3small":
@@ -92,7 +92,7 @@ def read_tokens(folder: Path, file: Path) -> list[int]:
             raise bad_value("--text", "must hold a list of tokens, where it is JSON", type(found).__name__)
         return [check_int("--text", token, 0) for token in found]
     if (folder / "weights.pt").is_file():
-        from s2attn.lab.training.tokens import read_tokens as own_tokens
+        from experiments.training.tokens import read_tokens as own_tokens
 
         return own_tokens(folder, file.read_bytes())
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

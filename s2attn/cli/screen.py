@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2attn.core import Unsupported
-from s2attn.lab.progress import Show
+from experiments.progress import Show
 
 
 def console() -> Console:
@@ -83,7 +83,7 @@ def table(lines: Sequence[Sequence[str]], title: str = "", right_from: int = 1) 
 
 def show_times(rows: Sequence[dict[str, Any]], screen: Console) -> None:
     """Print the medians of benchmark rows, and below them why some are missing."""
-    from s2attn.lab.report_md import summary_table
+    from experiments.report_md import summary_table
 
     lines, reasons = summary_table(rows)
     screen.print(table([[cell.replace(" ms", "ms").replace(" s", "s") for cell in line] for line in lines], "Attention"))

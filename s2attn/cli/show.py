@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from s2attn.cli.screen import console, table
-from s2attn.lab.describe import Report, describe
-from s2attn.lab.words import read_what
+from s2attn.analysis.describe import Report, describe
+from s2attn.analysis.words import read_what
 from s2attn.layout import build_layout
 from s2attn.layout.draw import draw
 from s2attn.patterns import Pattern, Recipe
@@ -39,7 +39,7 @@ def show_pattern(what: str, asked: Asked, *, png: Path | None = None, as_json: b
     pattern = read_what(what)
     report = describe(pattern, asked.heads, asked.kv_heads, asked.seqlen, layers=asked.layers, ranks=asked.ranks)
     if png is not None:
-        from s2attn.lab.plot import plot
+        from s2attn.analysis.plot import plot
 
         plot(pattern, asked.heads, asked.kv_heads, asked.seqlen, png, layer=asked.layer)
     if as_json:

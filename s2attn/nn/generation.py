@@ -115,7 +115,7 @@ def generate(
         CacheFull: the cache has no page left. Its sequences are as they were before the step that failed, and the error's ``texts`` are
             the `Generated` so far: make room, and go on with their tokens and sequences.
 
-    >>> from s2attn.lab.model import LanguageModel, ModelConfig  # any module does
+    >>> from experiments.model import LanguageModel, ModelConfig  # any module does
     >>> model = LanguageModel(ModelConfig()).eval()
     >>> texts = generate(model, [[72, 101], [108]], [Sampling(max_new_tokens=3), Sampling(max_new_tokens=5, temperature=0.8, top_k=9)])
     >>> [(text.prompt, len(text.new), text.finish) for text in texts]

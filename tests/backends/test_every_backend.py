@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from s2attn import Local, Sink, Stride, Window
 from s2attn.backends import Backend
 from s2attn.layout import Layout, build_layout
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import Problem, check_backend, make_problem, random_mask, random_problem, run
+from tests.support import dense_mask
+from tests.support.problems import Problem, check_backend, make_problem, random_mask, random_problem, run
 
 pytestmark = [
     # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day; and it says when numbers overflow.

@@ -7,8 +7,8 @@ import torch
 
 import s2attn
 from s2attn import Dense, Local, Sink, Stride, Window
-from s2attn.testing.masks import dense_mask
-from s2attn.testing.oracle import assert_close, eager, oracle
+from tests.support.masks import dense_mask
+from tests.support.oracle import assert_close, eager, oracle
 
 S2 = Local(4) | Stride(8)
 

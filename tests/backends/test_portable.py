@@ -22,7 +22,7 @@ from s2attn.backends.portable.plan import make_plan
 from s2attn.backends.portable.rows import Rows, add_in_rounds
 from s2attn.backends.portable.tile import Keys, LoopTile, Places, StackTile
 from s2attn.layout import Layout, build_layout
-from s2attn.testing.problems import check_backend, random_problem, run
+from tests.support.problems import check_backend, random_problem, run
 
 S2 = Local(4) | Stride(8)
 

@@ -12,7 +12,7 @@ import torch
 from s2attn.backends import Backend, get_backend
 from s2attn.backends.portable import run as walk
 from s2attn.backends.portable.workers import alone, in_order, usual_threads
-from s2attn.testing.problems import random_problem, run
+from tests.support.problems import random_problem, run
 
 CPU = torch.device("cpu")
 

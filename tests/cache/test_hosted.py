@@ -17,7 +17,7 @@ from s2attn.cache.host_parts import packed_layout, split_by_page
 from s2attn.cache.host_plan import plan_layers
 from s2attn.cache.hosted import HostedCache
 from s2attn.cache.needs import pages_read
-from s2attn.lab.model import LanguageModel, ModelConfig
+from experiments.model import LanguageModel, ModelConfig
 
 H, G, D, PAGE, MOST = 4, 2, 8, 16, 400
 SHAPE: dict[str, Any] = {"num_kv_heads": G, "num_heads": H, "head_dim": D, "v_dim": 6, "page_size": PAGE, "dtype": torch.float64}

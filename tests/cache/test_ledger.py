@@ -11,8 +11,8 @@ from s2attn import Dense, HeadRange, Local, Pattern, PerHead, Power, Recipe, Str
 from s2attn.cache import CacheFull, Ledger, page_needs, pages_needed
 from s2attn.cache.ledger import GONE
 from s2attn.layout import dense_pairs
-from s2attn.testing import dense_mask
-from s2attn.testing.strategies import patterns
+from tests.support import dense_mask
+from tests.support.strategies import patterns
 
 LONGEST = 260
 

@@ -143,7 +143,7 @@ def test_bench_writes_a_record(tmp_path: Path) -> None:
 
 
 def test_bench_run_makes_a_plan_of_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2attn.bench import session
+    from benchmarks import session
     from s2attn.cli import bench
 
     plans: list[session.Plan] = []
@@ -232,8 +232,8 @@ def test_another_missing_module_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from s2attn.lab.model import LanguageModel, ModelConfig
-    from s2attn.lab.train import save_model
+    from experiments.model import LanguageModel, ModelConfig
+    from experiments.train import save_model
 
     folder = tmp_path_factory.mktemp("checkpoint")
     save_model(LanguageModel(ModelConfig(layers=2, width=32, heads=2, kv_heads=1, hidden=32)), folder)
@@ -279,8 +279,8 @@ def test_what_generate_cannot_do_is_one_line(trained: Path, words: list[str], me
 
 def test_generate_says_when_pieces_are_too_large_for_a_saved_cache(trained: Path, tmp_path: Path) -> None:
     from s2attn import Local, Recipe
-    from s2attn.lab.model import LanguageModel, ModelConfig
-    from s2attn.lab.train import save_model
+    from experiments.model import LanguageModel, ModelConfig
+    from experiments.train import save_model
 
     config = ModelConfig(layers=1, width=32, heads=2, kv_heads=1, hidden=32, recipe=Recipe(Local(2, block=16)))
     save_model(LanguageModel(config), tmp_path / "local")

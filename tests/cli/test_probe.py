@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from s2attn import Dense, Recipe, Sink, Window, compare
 from s2attn.cli.app import app
-from s2attn.lab.model import LanguageModel, ModelConfig
-from s2attn.lab.train import save_model
+from experiments.model import LanguageModel, ModelConfig
+from experiments.train import save_model
 
 RECIPE = Recipe(Dense(), layers={1: Sink(4) | Window(32)})
 

@@ -1,4 +1,4 @@
-"""``s2attn train`` and what reads its checkpoints: a run to its table, and one clear line for what it cannot do."""
+"""``python -m experiments train`` and what reads its checkpoints: a run to its table, and one clear line for what it cannot do."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def representatives(target: str) -> list[Job]:
 
 def facts(job: Job) -> dict[str, Any]:
     """What the compiler said, or its error."""
-    from s2attn.testing.compiling import compile_kernel
+    from tests.support.compiling import compile_kernel
 
     start = time.perf_counter()
     limit = SHARED_MEMORY[job.target]

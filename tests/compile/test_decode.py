@@ -17,7 +17,7 @@ STRICT = ("sm_80", "sm_90", "sm_100")
 CODE = """
 import json, sys
 from s2attn.backends.triton.tiles import SHARED_MEMORY
-from s2attn.testing.compiling import DecodeCase, compile_decode
+from tests.support.compiling import DecodeCase, compile_decode
 target = sys.argv[1]
 for line in sys.stdin:
     op, case = json.loads(line)

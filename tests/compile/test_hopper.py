@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CODE = """
 import json, re, sys
-from s2attn.testing.compiling import compile_hopper, exponentials_beside_products
+from tests.support.compiling import compile_hopper, exponentials_beside_products
 made = compile_hopper(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]))
 facts = {"registers": made.registers, "spills": made.spill_bytes, "shared": made.shared_bytes, "warps": made.warps, "wgmma": made.wgmma}
 waits = re.findall(r"wgmma.wait_group.sync.aligned (\\d+)", made.text)

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 STRICT = ("sm_80", "sm_90", "sm_100")
 CODE = """
 import json, sys
-from s2attn.testing.compiling import compile_score
+from tests.support.compiling import compile_score
 for call in json.loads(sys.argv[1]):
     made = compile_score(*call[:-1], capped=call[-1])
     facts = {"spills": made.spill_bytes, "shared": made.shared_bytes, "wgmma": made.wgmma, "products": made.matrix_products}

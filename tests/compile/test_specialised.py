@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CODE = """
 import json, sys
-from s2attn.testing.compiling import compile_specialised
+from tests.support.compiling import compile_specialised
 made = compile_specialised(sys.argv[1], "sm_90", sys.argv[2], *map(int, sys.argv[3:]))
 facts = {"spills": made.spill_bytes, "shared": made.shared_bytes, "warps": made.warps, "handed_over": made.handed_over}
 tma = made.text.count("cp.async.bulk.tensor")

@@ -22,7 +22,7 @@ from s2attn.distributed.context import context_attention
 from s2attn.distributed.shards import Shards
 from s2attn.distributed.traffic import WAYS, context_traffic
 from s2attn.patterns import PRESETS
-from s2attn.testing.ranks import Ended, run_here, run_ranks, values
+from tests.support.ranks import Ended, run_here, run_ranks, values
 
 H, G, D, DV = 4, 2, 8, 4
 SMALL: dict[str, dict[str, int]] = {

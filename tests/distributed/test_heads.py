@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import s2attn
 from s2attn import Dense, HeadRange, Local, PerHead, Recipe, Sink, Stride, Window
 from s2attn.distributed.heads import head_range, kv_head_range, take_heads
-from s2attn.testing.ranks import Ended, run_here, run_ranks, values
+from tests.support.ranks import Ended, run_here, run_ranks, values
 
 RANKS = 4
 H, T, D = 8, 70, 8

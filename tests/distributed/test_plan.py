@@ -19,7 +19,7 @@ from s2attn import ByRange, Dense, Local, Pattern, Sink, Stride, Window, balance
 from s2attn.distributed.plan import RankPlans, plans_of
 from s2attn.distributed.shards import Shards
 from s2attn.distributed.traffic import WAYS, Traffic, ask, traffic_of
-from s2attn.testing.strategies import patterns
+from tests.support.strategies import patterns
 
 H, G = 4, 2
 

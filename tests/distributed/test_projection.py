@@ -17,7 +17,7 @@ from s2attn import Dense, Local, PerHead, Recipe, Sink, Stride, Window
 from s2attn.distributed import projection
 from s2attn.distributed.heads import head_range, take_heads
 from s2attn.distributed.projection import overlapped_attention, overlapped_projection, row_chunks
-from s2attn.testing.ranks import Ended, run_here, run_ranks, values
+from tests.support.ranks import Ended, run_here, run_ranks, values
 
 RANKS = 2
 H, G, D, T, E = 4, 2, 8, 70, 24

@@ -14,7 +14,7 @@ from torch import Tensor
 import s2attn
 from s2attn import Dense, HeadRange, Local, PerHead, Recipe, Sink, Stride, Window
 from s2attn.distributed.ulysses import ulysses_attention
-from s2attn.testing.ranks import Ended, run_here, run_ranks, values
+from tests.support.ranks import Ended, run_here, run_ranks, values
 
 H, D = 8, 8
 RECIPE = Recipe(Local(1, block=16) | Stride(3, block=16), dense_layers=[1], layers={2: PerHead({0: Dense()}, default=Sink(2) | Window(9))})

@@ -99,7 +99,7 @@ def special(device: torch.device) -> Triton:
 def hopper(device: torch.device) -> Iterator[Triton]:
     """The backend with Hopper's Gluon kernels wherever there is one that can serve; no interpreter has them, but our own runner."""
     if not ON_GPU:
-        from s2attn.testing.gluon.launches import hopper_on_cpu
+        from tests.support.gluon.launches import hopper_on_cpu
 
         with hopper_on_cpu() as backend:
             yield backend

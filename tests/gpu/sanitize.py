@@ -42,7 +42,7 @@ def problems(on_gpu: bool) -> Iterator[tuple[str, object]]:
     import torch
 
     from s2attn import Global, Local, Sink, Window, build_layout
-    from s2attn.testing.problems import make_problem
+    from tests.support.problems import make_problem
 
     lengths = [150, 0, 1, 67] if on_gpu else [40, 0, 1, 19]
     cu = torch.tensor([0, *lengths]).cumsum(0)
@@ -67,7 +67,7 @@ def run_plain() -> None:
     if not on_gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from s2attn.backends.triton import Triton, walk
-    from s2attn.testing import problems as testing
+    from tests.support import problems as testing
 
     walk.LEAST_TOKENS = 32
     walk.piece_limits = lambda counts, seq, copies, least: torch.full((len(seq),), max(least, 1)).numpy()
@@ -142,7 +142,7 @@ def run_hopper() -> None:
     from s2attn import Dense, Local, Sink, Stride, Window, build_layout
     from s2attn.backends.triton import Triton
     from s2attn.backends.triton.backend import find_tiles
-    from s2attn.testing import problems as testing
+    from tests.support import problems as testing
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -185,7 +185,7 @@ def hopper_backend(on_gpu: bool, make: Callable[[], Triton]) -> Iterator[Triton]
     if on_gpu:
         yield make()
         return
-    from s2attn.testing.gluon.launches import hopper_on_cpu
+    from tests.support.gluon.launches import hopper_on_cpu
 
     with hopper_on_cpu() as backend:
         yield backend

@@ -8,9 +8,9 @@ import torch
 import s2attn
 from s2attn import Local, Sink, Stride, Window, build_layout
 from s2attn.ops.source import layout_text, pattern_text
-from s2attn.testing import dense_mask, eager, oracle
-from s2attn.testing.oracle import assert_close
-from s2attn.testing.problems import by_autograd, make_problem
+from tests.support import dense_mask, eager, oracle
+from tests.support.oracle import assert_close
+from tests.support.problems import by_autograd, make_problem
 
 PATTERN = Local(2, 16) | Stride(3, block=16)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from s2attn import Local, Stride, build_layout
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem
+from tests.support import dense_mask
+from tests.support.problems import check_backend, make_problem
 
 PATTERN = Local(4) | Stride(4)
 

@@ -10,8 +10,8 @@ import torch
 from s2attn import Dense, Local, Pattern, Sink, Stride, Window, build_layout
 from s2attn.backends.triton.hopper import HopperWay
 from s2attn.backends.triton.hopper_backward import HopperColumns
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem, run
+from tests.support import dense_mask
+from tests.support.problems import check_backend, make_problem, run
 
 # pattern, length on a GPU, query heads, KV heads, D, DV, block, causal
 CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, bool]] = {

@@ -9,12 +9,12 @@ import torch
 
 from s2attn import Local, Pattern, Sink, Stride, Window, build_layout
 from s2attn.backends import Scoring
-from s2attn.bench.compare import sample_rows
+from s2attn.tuning.compare import sample_rows
 from s2attn.patterns import Head
 from s2attn.patterns import Shape as Length
-from s2attn.testing import eager, oracle
-from s2attn.testing.oracle import assert_close
-from s2attn.testing.problems import Problem, by_autograd
+from tests.support import eager, oracle
+from tests.support.oracle import assert_close
+from tests.support.problems import Problem, by_autograd
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from s2attn import Global, Local, Sink, Stride, Window, build_layout
 from s2attn.backends import Scoring
 from s2attn.backends.triton import Triton
 from s2attn.backends.triton.backend import find_tiles
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem
+from tests.support import dense_mask
+from tests.support.problems import check_backend, make_problem
 
 
 def slots(backend, layout):

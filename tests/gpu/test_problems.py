@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from s2attn import Dense, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem, random_problem
+from tests.support import dense_mask
+from tests.support.problems import check_backend, make_problem, random_problem
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import s2attn
 from s2attn import Dense, Recipe, Sampling, Sink, SparseCache, Unsupported, Window
 from s2attn.integrations.phi3small import Phi3Small, Phi3SmallConfig
 from s2attn.integrations.spec import to_spec
-from s2attn.testing.oracle import assert_close
+from tests.support.oracle import assert_close
 
 TINY: dict[str, Any] = {
     "architectures": ["Phi3SmallForCausalLM"],

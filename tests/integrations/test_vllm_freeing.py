@@ -12,8 +12,8 @@ from s2attn.integrations.vllm import check_version
 from s2attn.integrations.vllm.freeing import Lifetimes, Model, first_alike, last_reads
 from s2attn.integrations.vllm.places import find_recipe, held_heads
 from s2attn.layout import HeadRange
-from s2attn.testing import dense_mask
-from s2attn.testing.strategies import patterns
+from tests.support import dense_mask
+from tests.support.strategies import patterns
 
 LONGEST = 200
 HEADS, KV_HEADS = 4, 2

@@ -11,8 +11,8 @@ from s2attn import Local, Sink, Stride, Window, build_layout
 from s2attn.backends.base import Scoring
 from s2attn.backends.triton import Triton, walk
 from s2attn.backends.triton.backend import find_tiles
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem
+from tests.support import dense_mask
+from tests.support.problems import check_backend, make_problem
 
 PATTERNS = {
     "a sink that all read": (Sink(8) | Window(20), 16),

@@ -15,9 +15,9 @@ from s2attn import Dense, Layout, Local, PerHead, Recipe, Sink, Stride, Window, 
 from s2attn.backends.triton import decode as launch
 from s2attn.patterns import PRESETS
 from s2attn.schedule import Cut, cuts
-from s2attn.testing import assert_close, dense_mask, eager, oracle
-from s2attn.testing.paging import Paged, scatter
-from s2attn.testing.problems import random_mask
+from tests.support import assert_close, dense_mask, eager, oracle
+from tests.support.paging import Paged, scatter
+from tests.support.problems import random_mask
 
 # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.
 pytestmark = [

@@ -15,7 +15,7 @@ from s2attn import Sink, Window
 from s2attn.backends import Requests
 from s2attn.backends.triton import decode as launch
 from s2attn.schedule import Cut
-from s2attn.testing import assert_close, dense_mask, eager, oracle
+from tests.support import assert_close, dense_mask, eager, oracle
 
 # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.
 pytestmark = [

@@ -1,4 +1,4 @@
-"""The Gluon kernels for Hopper, their own source run on a CPU (`s2attn.testing.gluon`), against the float64 oracle."""
+"""The Gluon kernels for Hopper, their own source run on a CPU (`tests.support.gluon`), against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from s2attn import Dense, Local, Pattern, Random, Sink, Stride, Window, build_layout
-from s2attn.testing import assert_close, dense_mask, eager, oracle
-from s2attn.testing.problems import Problem, make_problem, random_problem
+from tests.support import assert_close, dense_mask, eager, oracle
+from tests.support.problems import Problem, make_problem, random_problem
 
 # pattern, T, S, H, G, D, DV, block, causal, query heads stacked
 CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, int, bool, int]] = {
@@ -36,7 +36,7 @@ def launch():
     """A forward pass by the Hopper kernel. Returns out, lse and what it needed of the layout."""
     pytest.importorskip("triton", reason="triton is not installed")
     from s2attn.backends.triton.hopper import HopperWay
-    from s2attn.testing.gluon.launches import hopper_on_cpu
+    from tests.support.gluon.launches import hopper_on_cpu
 
     def run(p: Problem, seed: int = 0, **options):
         with hopper_on_cpu(seed=seed, **options) as backend:

@@ -1,4 +1,4 @@
-"""dq and dkv of the Hopper kernels, launched as on a GPU and run by `s2attn.testing.gluon`, against the float64 oracle."""
+"""dq and dkv of the Hopper kernels, launched as on a GPU and run by `tests.support.gluon`, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from s2attn import Dense, Local, Pattern, Random, Sink, Stride, Window, build_layout
-from s2attn.testing import assert_close, dense_mask, eager, oracle
-from s2attn.testing.problems import Problem, by_autograd, make_problem, random_problem
+from tests.support import assert_close, dense_mask, eager, oracle
+from tests.support.problems import Problem, by_autograd, make_problem, random_problem
 
 # pattern, T, S, H, G, D, DV, block, causal
 CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, int, bool]] = {
@@ -47,7 +47,7 @@ def launch() -> Callable[..., dict[str, torch.Tensor]]:
     pytest.importorskip("triton", reason="triton is not installed")
     from s2attn.backends.triton.hopper import HopperWay
     from s2attn.backends.triton.hopper_backward import HopperColumns
-    from s2attn.testing.gluon.launches import hopper_on_cpu
+    from tests.support.gluon.launches import hopper_on_cpu
 
     def run(p: Problem, seed: int = 0, *, left: Left | None = None, plain: str = "", **options) -> dict[str, torch.Tensor]:
         with hopper_on_cpu(seed=seed, **options) as backend:

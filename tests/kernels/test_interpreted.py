@@ -7,8 +7,8 @@ import torch
 
 from s2attn import Dense, Local, Pattern, Power, Random, Sink, Stride, Window, build_layout
 from s2attn.backends import Scoring
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import check_backend, make_problem
+from tests.support import dense_mask
+from tests.support.problems import check_backend, make_problem
 
 # The interpreter turns arrays of one element into scalars, which NumPy announces to refuse one day.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

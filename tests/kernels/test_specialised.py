@@ -9,8 +9,8 @@ import torch
 
 from s2attn import Dense, Local, Pattern, Random, Sink, Stride, Window, build_layout
 from s2attn.backends import Scoring
-from s2attn.testing import dense_mask
-from s2attn.testing.problems import Problem, check_backend, make_problem, run
+from tests.support import dense_mask
+from tests.support.problems import Problem, check_backend, make_problem, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 

@@ -22,7 +22,7 @@ from s2attn.backends import Pages, Requests, Scoring, Writes
 from s2attn.backends.triton import Triton, start
 from s2attn.backends.triton.backend import find_tiles
 from s2attn.backends.triton.tiles import Tiles
-from s2attn.testing.recording import Launch, RecordingDriver, recording
+from tests.support.recording import Launch, RecordingDriver, recording
 
 PATTERN = Global(64) | Window(100)  # not causal, so that both a row block and a column block have long lists
 SCORING = Scoring(0.1)
@@ -174,8 +174,8 @@ def hopper(driver: RecordingDriver) -> Any:
 
 def ahead(driver: RecordingDriver) -> Any:
     """What `s2attn tune` compiles ahead for decoding, and what its small and its full problems compile beyond that; what they launch."""
-    from s2attn.bench.benches import Bench
-    from s2attn.bench.candidates import compiled_ahead, small_target, targets
+    from s2attn.tuning.benches import Bench
+    from s2attn.tuning.candidates import compiled_ahead, small_target, targets
     from s2attn.kernels.decode import count_kernel, decode_kernel, reduce_kernel
 
     kernels = (decode_kernel, count_kernel, reduce_kernel)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 from s2attn.layout import HeadRange, Layout, build_layout
 from s2attn.patterns import PRESETS, Local, PerHead, Random, Recipe, Stride, Window, preset
-from s2attn.testing import dense_mask
-from s2attn.testing.strategies import CallShape, call_shapes, patterns
+from tests.support import dense_mask
+from tests.support.strategies import CallShape, call_shapes, patterns
 
 
 def expanded(layout: Layout, num_heads: int) -> torch.Tensor:

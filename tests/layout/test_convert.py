@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from s2attn.layout import Layout, build_layout, from_block_table, from_dense, to_block_table
 from s2attn.patterns import Dense, Local, Random, Stride, Window
-from s2attn.testing.strategies import CallShape, call_shapes, patterns
+from tests.support.strategies import CallShape, call_shapes, patterns
 
 
 def built(pattern, shape: CallShape) -> Layout:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from s2attn.layout import build_layout
 from s2attn.layout.draw import EMPTY, FULL, MOST, PARTIAL, SOME, draw
 from s2attn.patterns import Dense, Local, Stride, Window
-from s2attn.testing.strategies import CallShape, call_shapes, patterns
+from tests.support.strategies import CallShape, call_shapes, patterns
 
 
 def cells(text: str) -> list[str]:

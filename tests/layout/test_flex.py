@@ -11,8 +11,8 @@ from s2attn.core import Unsupported
 from s2attn.layout import Layout, build_layout
 from s2attn.layout.flex import from_block_mask, to_block_mask
 from s2attn.patterns import ByRange, Dense, Local, PerHead, Sink, Stride, Window, preset
-from s2attn.testing import dense_mask
-from s2attn.testing.strategies import CallShape, call_shapes, patterns
+from tests.support import dense_mask
+from tests.support.strategies import CallShape, call_shapes, patterns
 
 PATTERNS = [
     Dense(),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from s2attn import Local, Sink, Stride, Window
 from s2attn.layout import Layout, build_layout
 from s2attn.layout.groups import ABSENT, FULL, RowGroups, group_rows, ranges, unique_heads
-from s2attn.testing.strategies import call_shapes, patterns
+from tests.support.strategies import call_shapes, patterns
 
 
 def expected_groups(layout: Layout, factor: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from s2attn import Dense, Local, Stride, Window
 from s2attn.layout import last_readers, readers
 from s2attn.patterns import Head, Pattern, Shape
-from s2attn.testing.strategies import patterns
+from tests.support.strategies import patterns
 
 
 def from_mask(pattern: Pattern, seqlen: int, block: int) -> list[int]:

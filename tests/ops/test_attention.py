@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import s2attn
 from s2attn import Blocks, Dense, HeadRange, Local, PerHead, Power, Sink, Stride, Window, build_layout
-from s2attn.testing import assert_close, dense_mask, eager, oracle
-from s2attn.testing.strategies import CallShape, call_shapes, patterns
+from tests.support import assert_close, dense_mask, eager, oracle
+from tests.support.strategies import CallShape, call_shapes, patterns
 
 S2 = Local(2, 16) | Stride(3, block=16)
 

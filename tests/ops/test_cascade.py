@@ -11,9 +11,9 @@ import s2attn
 from s2attn import Dense, HeadRange, Local, Power, Recipe, Stride, Window, build_layout, preset
 from s2attn.layout.cascade import split_prefix
 from s2attn.patterns import PRESETS
-from s2attn.testing import assert_close, dense_mask, eager, oracle
-from s2attn.testing.paging import scatter
-from s2attn.testing.strategies import patterns
+from tests.support import assert_close, dense_mask, eager, oracle
+from tests.support.paging import scatter
+from tests.support.strategies import patterns
 
 S2 = Local(2, 16) | Stride(3, block=16)
 GROUPS = [(1, 1), (4, 2), (4, 1)]

@@ -13,10 +13,10 @@ from s2attn.backends.portable.run import Work
 from s2attn.ops.paged import decode_op
 from s2attn.ops.source import pattern_text
 from s2attn.patterns import PRESETS
-from s2attn.testing import assert_close, dense_mask, eager, oracle
-from s2attn.testing.paging import Paged, scatter
-from s2attn.testing.problems import random_mask
-from s2attn.testing.strategies import patterns
+from tests.support import assert_close, dense_mask, eager, oracle
+from tests.support.paging import Paged, scatter
+from tests.support.problems import random_mask
+from tests.support.strategies import patterns
 
 S2 = Local(2, 16) | Stride(3, block=16)
 

@@ -9,7 +9,7 @@ import torch
 
 import s2attn
 from s2attn import Blocks, Dense, Layout, Local, PerHead, Power, Random, SparseAttention, Stride, Window, build_layout, merge
-from s2attn.testing import assert_close, dense_mask, eager, oracle
+from tests.support import assert_close, dense_mask, eager, oracle
 
 S2 = Local(2, 16) | Stride(4, block=16)
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import s2attn
 from s2attn import ByRange, Dense, Local, Sink, SparseAttention, Stride, Window, build_layout, merge
 from s2attn.ops.source import layout_text, pattern_text
-from s2attn.testing import dense_mask
+from tests.support import dense_mask
 
 PATTERN = Local(2, 16) | Stride(3, block=16)
 BACKENDS = pytest.mark.parametrize("backend", ["portable", "reference"])

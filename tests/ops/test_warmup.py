@@ -62,7 +62,7 @@ import json, torch, s2attn
 from s2attn import Sink, Window, warmup
 from s2attn.backends.registry import get_backend
 from s2attn.kernels import backward, forward, join
-from s2attn.testing.recording import recording
+from tests.support.recording import recording
 kernels = (forward.forward_kernel, join.merge_kernel, backward.delta_kernel, backward.dq_kernel, backward.dkv_kernel, join.sum_kernel)
 count = lambda: [len(kernel.device_caches[0][0]) for kernel in kernels]
 with recording() as gpu:

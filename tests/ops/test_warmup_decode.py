@@ -70,7 +70,7 @@ from s2attn import Dense, warmup_decode
 from s2attn.backends.registry import get_backend
 from s2attn.kernels.decode import count_kernel, decode_kernel, reduce_kernel
 from s2attn.kernels.store import store_kernel
-from s2attn.testing.recording import recording
+from tests.support.recording import recording
 kernels = (decode_kernel, count_kernel, reduce_kernel, store_kernel)
 count = lambda: [len(kernel.device_caches[0][0]) for kernel in kernels]
 with recording() as gpu:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from s2attn import Dense, Recipe, preset
-from s2attn.testing.masks import dense_mask
+from tests.support.masks import dense_mask
 
 PUBLISHED: dict[str, Any] = {
     "model_type": "phi3small",

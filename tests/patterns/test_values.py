@@ -31,7 +31,7 @@ from s2attn.patterns import (
     parse_pattern,
     preset,
 )
-from s2attn.testing.strategies import patterns
+from tests.support.strategies import patterns
 
 
 @settings(max_examples=150)

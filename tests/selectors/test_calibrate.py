@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2attn import XAttention
-from s2attn.lab.recall import recall
+from experiments.recall import recall
 from s2attn.ops import antidiagonal
 from s2attn.selectors import calibrate
 from s2attn.selectors.planted import planted

@@ -9,7 +9,7 @@ import s2attn
 from s2attn.core import Unsupported
 from s2attn.selectors import Call, FlexPrefill, Gated, MeanPool, PageBounds, VerticalSlash
 from s2attn.selectors.lines import blocks_of_lines
-from s2attn.testing import assert_close, eager, oracle
+from tests.support import assert_close, eager, oracle
 
 EVERY = [
     MeanPool(top_k=3, block=16),

@@ -13,7 +13,7 @@ from s2attn import Dense, hyper_attention
 from s2attn.selectors import hyper
 from s2attn.selectors.lsh import bucket_order, hyperplanes
 from s2attn.selectors.sampling import draw, raise_to_floor, residual_floor
-from s2attn.testing import assert_close, eager, oracle
+from tests.support import assert_close, eager, oracle
 
 
 def tensors(batch, seqlen_q, seqlen_k, heads, kv_heads, dim=8, v_dim=None, dtype=torch.float32):

@@ -12,7 +12,7 @@ import torch
 import s2attn
 from s2attn import HeadRange, XAttention
 from s2attn.selectors import Call
-from s2attn.testing import assert_close, eager, oracle
+from tests.support import assert_close, eager, oracle
 
 
 def tensors(batch, seqlen_q, seqlen_k, heads, kv_heads, dim=16, dtype=torch.float32):

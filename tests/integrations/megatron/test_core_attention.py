@@ -16,7 +16,7 @@ from torch import Tensor
 from s2attn import Dense, PerHead, Recipe, Window
 from s2attn.integrations.megatron import S2CoreAttention, with_s2
 from s2attn.integrations.spec import to_spec
-from s2attn.testing import dense_mask
+from tests.support import dense_mask
 
 pytestmark = pytest.mark.usefixtures("world")
 

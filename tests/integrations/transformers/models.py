@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from s2attn import Pattern, Recipe
-from s2attn.testing import dense_mask
+from tests.support import dense_mask
 
 FAMILIES = ["Llama", "Qwen3", "Mistral", "Phi3", "Gemma3Text", "GPTNeoX", "Olmo2"]
 VOCABULARY = 61

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from s2attn import Recipe
-from s2attn.testing import dense_mask
+from tests.support import dense_mask
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128,

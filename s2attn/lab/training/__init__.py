@@ -1,1 +1,0 @@
-"""`s2attn train`: a run from a configuration file: text, tokens, packed batches, devices, checkpoints, and the job that joins them."""
