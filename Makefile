@@ -116,7 +116,7 @@ gpu-bench:
 	$(PYTHON) -m benchmarks run $(subst $(comma), ,$(SUITES)) --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 gpu-tune:
-	$(PYTHON) -m benchmarks tune --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
+	$(PYTHON) -m s2attn.tuning --size $(SIZE) --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-* out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the benchmark where nothing but torch, and Triton perhaps, is installed."""
+"""``python -m benchmarks``: runs where nothing but torch, and Triton perhaps, is installed; ``cpu`` needs rich, too."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time attention against its peers.")
     commands = parser.add_subparsers(required=True)
+    cpu = commands.add_parser("cpu", help="s2attn on this CPU against torch's dense attention and a compiled FlexAttention")
+    cpu.add_argument("--out", type=Path, default=Path("bench-cpu.json"), help="JSON file for the record")
+    cpu.add_argument("--lengths", default="4096,8192,16384", help="context lengths, separated by commas")
+    cpu.add_argument("--peers", default="s2attn,sdpa,flex", help="who takes part, separated by commas")
+    cpu.add_argument("--quick", action="store_true", help="tiny sizes and no FlexAttention, a few seconds: measures nothing")
+    cpu.add_argument("--seed", type=int, default=0, help="seed of the inputs")
+    cpu.set_defaults(command=_cpu)
     run = commands.add_parser("run", help="run suites, write their records, print tables")
     run.add_argument(
         "suites", nargs="*", help="forward, backward, train, prefill, decode, inference, select, hyper; all of them when left out"
@@ -42,24 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--plot", type=Path, default=None, help="picture of speed-up over density; needs matplotlib")
     compare.set_defaults(command=_compare)
     report = commands.add_parser("report", help="make the page of all measurements from records")
-    report.add_argument("--records", type=Path, default=None, help="folder of records; those of the package when left out")
+    report.add_argument("--records", type=Path, default=None, help="folder of records; those of the checkout when left out")
     report.add_argument("--out", type=Path, default=Path("docs/performance.md"))
     report.set_defaults(command=_report)
-    tune = commands.add_parser("tune", help="measure which tiles are the fastest on this GPU, and write the table")
-    tune.add_argument("--out", type=Path, default=None, help="folder for the table; the variable OUT, or the package's own, when left out")
-    tune.add_argument("--ops", default="forward,dq,dkv,decode", help="separated by commas")
-    tune.add_argument("--dims", default="128,64", help="head widths, separated by commas")
-    tune.add_argument("--blocks", default="64,128,32", help="tokens per block, separated by commas")
-    tune.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    tune.add_argument("--size", default="full", help="full, or tiny for a first look on a CPU")
-    tune.add_argument("--limit", type=float, default=540.0, help="seconds for everything together")
-    tune.set_defaults(command=_tune)
-    for name, command in (("work", _work), ("tune-work", _tune_work)):
-        hidden = commands.add_parser(name)
-        hidden.add_argument("job", type=Path)
-        hidden.add_argument("state", type=Path)
-        hidden.set_defaults(command=command)
+    hidden = commands.add_parser("work")
+    hidden.add_argument("job", type=Path)
+    hidden.add_argument("state", type=Path)
+    hidden.set_defaults(command=_work)
     return parser
+
+
+def _cpu(given: argparse.Namespace) -> int:
+    from benchmarks.cpu import bench_cpu
+
+    bench_cpu(given.out, lengths=given.lengths, peers=given.peers, quick=given.quick, seed=given.seed)
+    return 0
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -91,22 +95,6 @@ def _report(given: argparse.Namespace) -> int:
 
     print(f"Page: {write_report(committed_records(given.records), given.out)}")
     return 0
-
-
-def _tune(given: argparse.Namespace) -> int:
-    from s2attn.tuning.tune_session import run_tune
-
-    names = ("out", "ops", "dims", "blocks", "dtype", "size", "limit")
-    # Told to end, end the watched process, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    print("\n".join(run_tune(**{name: getattr(given, name) for name in names})))
-    return 0
-
-
-def _tune_work(given: argparse.Namespace) -> int:
-    from s2attn.tuning.tune_session import main_tune_work
-
-    return main_tune_work(given.job, given.state)
 
 
 def _work(given: argparse.Namespace) -> int:

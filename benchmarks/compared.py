@@ -71,7 +71,7 @@ def speedups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[tu
 
 
 def speedup_chart(records: Mapping[str, Record], path: Path) -> Path:
-    """Draw speed-up over density, a panel for each op, with the ideal line; matplotlib comes with the extra ``lab``.
+    """Draw speed-up over density, a panel for each op, with the ideal line; matplotlib comes with the extra ``cli``.
 
     Raises:
         ValueError: no row of attention has a speed-up over a dense peer.

@@ -1,23 +1,18 @@
-"""``python -m benchmarks``: on this CPU, suites for graphics cards, and what records say."""
+"""``python -m benchmarks cpu``: attention on this CPU against its peers, with a table at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from s2attn.tuning.cases import cpu_suite, quick_suite
-from benchmarks.compared import compare_text, speedup_chart
-from s2attn.tuning.journal import read_record
 from benchmarks.peers import CPU_PEERS
-from benchmarks.report import committed_records, write_report
 from benchmarks.runner import Effort, run_suite, write_record
-from benchmarks.session import Plan, run_plan
-from benchmarks.tables import record_text
-from s2attn.cli.screen import console, show_times
-from s2attn.core import bad_value
+from experiments.cli.screen import show_times
 from experiments.report_md import seconds
+from s2attn.cli.screen import console
+from s2attn.core import bad_value
+from s2attn.tuning.cases import cpu_suite, quick_suite
 
 
 def bench_cpu(out: Path, *, lengths: str, peers: str, quick: bool, seed: int) -> None:
@@ -43,25 +38,6 @@ def bench_cpu(out: Path, *, lengths: str, peers: str, quick: bool, seed: int) ->
             cost = f"{seconds(row['median_s'])}, {row['bytes'] / 1e6:.1f} MB" if row["status"] == "ok" else f"{row['status']}: {row['why']}"
             screen.print(f"Layout of {row['seqlen']:,} tokens, {row['heads']} heads, {row['pattern']}: {cost}", markup=False)
     screen.print(f"Record: [bold]{out}[/bold]")
-
-
-def bench_run(plan: Plan) -> None:
-    """Run suites in a watched process, and print the table of each."""
-    for record in run_plan(plan):
-        print(f"\n{record_text(record)}\nRecord: {plan.path(record['suite'])}")
-
-
-def bench_compare(paths: Sequence[Path], plot: Path | None) -> None:
-    """Print records as tables, and perhaps draw speed-up over density."""
-    records = {path.stem: read_record(path) for path in paths}
-    print(compare_text(records))
-    if plot is not None:
-        print(f"Picture: {speedup_chart(records, plot)}")
-
-
-def bench_report(folder: Path | None, out: Path) -> None:
-    """Write the page of all measurements."""
-    print(f"Page: {write_report(committed_records(folder), out)}")
 
 
 def read_lengths(text: str) -> list[int]:

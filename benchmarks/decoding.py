@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.flex import mask_function, torch_flex
+from benchmarks.peers import NO_CUDA, sdpa_context
+from s2attn.ops.decode import decode
+from s2attn.patterns import Dense, Head, Pattern, Shape
 from s2attn.tuning.cases import AttentionCase
 from s2attn.tuning.clock import Call, Meter, Timing
 from s2attn.tuning.compare import Error, Group, bound_of, eager, errors, exact, worst_of
-from benchmarks.flex import mask_function, torch_flex
 from s2attn.tuning.journal import Journal, Row
 from s2attn.tuning.paged import Batch, DecodeCase, listed_in, unchecked, uniform_twin
-from benchmarks.peers import NO_CUDA, sdpa_context
 from s2attn.tuning.rows import Effort, Skip, compared, refuse_wrong
 from s2attn.tuning.turns import Ready, Turns, error_facts
-from s2attn.ops.decode import decode
-from s2attn.patterns import Dense, Head, Pattern, Shape
 
 OURS, COPY, TWIN = "s2attn", "a copy", "uniform"
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import DTYPES, SHORT, AttentionCase, tokens
-from s2attn.tuning.clock import Meter
-from s2attn.tuning.compare import Error, Group, bound_of, eager, errors, exact, sample_rows, worst_of
-from s2attn.tuning.journal import Journal, Row
 from benchmarks.peers import Sdpa, make_peers
-from s2attn.tuning.rows import Effort, Skip, compared, refuse_wrong
 from benchmarks.selecting import beside_dense
-from s2attn.tuning.turns import Ready, Turns, error_facts
 from s2attn.core import bad_value
 from s2attn.patterns import Dense
 from s2attn.selectors import hyper_attention
 from s2attn.selectors.stages import HYPER_STAGES, heard_by
+from s2attn.tuning.cases import DTYPES, SHORT, AttentionCase, tokens
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.compare import Error, Group, bound_of, eager, errors, exact, sample_rows, worst_of
+from s2attn.tuning.journal import Journal, Row
+from s2attn.tuning.rows import Effort, Skip, compared, refuse_wrong
+from s2attn.tuning.turns import Ready, Turns, error_facts
 
 OURS, LISTENED = "s2attn", "stages"
 PIECE = 8  # stretches of keys in the piece that is checked against float64

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import AttentionCase
 from benchmarks.peers import NO_CUDA, Attend, Peer, Prepared, case_layout, listed_pairs
-from s2attn.tuning.rows import Skip
 from s2attn.layout import Layout, to_block_mask
 from s2attn.patterns import And, Dense, Head, Local, Or, Pattern, PerHead, Power, Random, Shape, Sink, Stride, Window
+from s2attn.tuning.cases import AttentionCase
+from s2attn.tuning.rows import Skip
 
 DEFAULT_BLOCK = 128  # FlexAttention's own, which its default kernels on graphics cards need
 MaskFunction = Callable[[Any, Any, Any, Any], Any]

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.stack import Contiguous, Stack, StackCase, Step
+from benchmarks.stacks import FLASH, OURS, SDPA, DenseStack, Ours, check_chunks, kinds_of
+from s2attn.cache import CacheFull, SparseCache, pages_needed
+from s2attn.core import check_int
+from s2attn.patterns import Dense, Local, Recipe, Stride
 from s2attn.tuning.clock import Meter, Timing
 from s2attn.tuning.compare import worst_of
 from s2attn.tuning.journal import Journal, Row
 from s2attn.tuning.rows import Effort, Skip, compared, one_line, refuse_wrong
-from benchmarks.stack import Contiguous, Stack, StackCase, Step
-from benchmarks.stacks import FLASH, OURS, SDPA, DenseStack, Ours, check_chunks, kinds_of
 from s2attn.tuning.turns import LATE, Ready, Turns, error_facts
-from s2attn.cache import CacheFull, SparseCache, pages_needed
-from s2attn.core import check_int
-from s2attn.patterns import Dense, Local, Recipe, Stride
 
 MARGIN = 0.97  # of free memory: an allocator cannot use the last of it
 TRIES = 3

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import AttentionCase
 from benchmarks.peers import NO_CUDA, Peer, Prepared, case_layout, listed_pairs
-from s2attn.tuning.rows import Skip
 from s2attn.layout import Layout
 from s2attn.layout.entries import entries_of
+from s2attn.tuning.cases import AttentionCase
+from s2attn.tuning.rows import Skip
 
 PACKAGES = ("s2attn", "dkernel")
 LARGEST_TABLE = 1 << 26  # numbers in the dense table of blocks that the original wants, and takes seconds to read

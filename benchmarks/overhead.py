@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from s2attn.tuning.clock import Timing, time_in_turn
 from s2attn.ops import attention
 from s2attn.patterns import Sink, Window
+from s2attn.tuning.clock import Timing, time_in_turn
 
 CASES = ((1, 64), (16, 16), (64, 64), (1, 1024))
 """New tokens, and keys."""

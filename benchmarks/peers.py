@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2attn.tuning.cases import AttentionCase
 from s2attn.core import bad_value
 from s2attn.layout import Layout, build_layout
 from s2attn.ops import attention
 from s2attn.patterns import Dense, Pattern
+from s2attn.tuning.cases import AttentionCase
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

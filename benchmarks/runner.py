@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import AttentionCase, LayoutCase
-from s2attn.tuning.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
-from s2attn.tuning.compare import Error, Inputs, Oracle
 from benchmarks.decoding import decode_peers, run_decode_case
 from benchmarks.estimating import HyperCase, run_hyper_case
-from s2attn.tuning.host import host_facts
 from benchmarks.inference import InferenceCase, inference_peers, run_inference_case
-from s2attn.tuning.journal import SCHEMA, Journal, Record, Row, write_record
-from s2attn.tuning.paged import DecodeCase
 from benchmarks.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
-from s2attn.tuning.rows import Effort, Skip, compared, one_line, refuse_wrong, still_there
 from benchmarks.selecting import SelectCase, beside_dense, run_select_case
 from benchmarks.stack import StackCase
 from benchmarks.stacks import run_stack_case, stack_peers
 from s2attn.layout import build_layout, dense_pairs
+from s2attn.tuning.cases import AttentionCase, LayoutCase
+from s2attn.tuning.clock import Armed, Meter, Timing, peak_bytes, time_in_turn
+from s2attn.tuning.compare import Error, Inputs, Oracle
+from s2attn.tuning.host import host_facts
+from s2attn.tuning.journal import SCHEMA, Journal, Record, Row, write_record
+from s2attn.tuning.paged import DecodeCase
+from s2attn.tuning.rows import Effort, Skip, compared, one_line, refuse_wrong, still_there
 
 __all__ = ["Effort", "Entrant", "meter_for", "run_case", "run_layout_case", "run_suite", "write_record"]
 Note = Callable[[str], None]

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import DTYPES, AttentionCase, tokens
-from s2attn.tuning.clock import Call, Meter
-from s2attn.tuning.compare import Error, Group, bound_of, eager, errors, exact, worst_of
-from s2attn.tuning.journal import Journal, Row
 from benchmarks.peers import make_peers
-from s2attn.tuning.rows import Effort, Skip, compared, refuse_wrong
-from s2attn.tuning.turns import Ready, Turns, error_facts
 from s2attn.core import bad_value, check_int
 from s2attn.layout import Layout
 from s2attn.ops import attention
@@ -24,6 +18,12 @@ from s2attn.patterns import Dense
 from s2attn.selectors import Call as Looked
 from s2attn.selectors import MassSelector, MeanPool, XAttention
 from s2attn.selectors.planted import STRUCTURES, Sample, planted
+from s2attn.tuning.cases import DTYPES, AttentionCase, tokens
+from s2attn.tuning.clock import Call, Meter
+from s2attn.tuning.compare import Error, Group, bound_of, eager, errors, exact, worst_of
+from s2attn.tuning.journal import Journal, Row
+from s2attn.tuning.rows import Effort, Skip, compared, refuse_wrong
+from s2attn.tuning.turns import Ready, Turns, error_facts
 
 OURS, PARTS = "s2attn", ("score", "select", "attention")
 PRODUCT = "a product of q and k"

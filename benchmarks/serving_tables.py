@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from s2attn.tuning.cases import tokens
 from s2attn.selectors.stages import HYPER_STAGES
+from s2attn.tuning.cases import tokens
 
 Row = Mapping[str, Any]
 Lines = list[list[str]]

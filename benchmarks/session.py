@@ -19,19 +19,19 @@ from typing import Any
 import torch
 
 from benchmarks.estimating import hyper_suite
-from s2attn.tuning.host import host_facts
 from benchmarks.inference import inference_suite
-from s2attn.tuning.journal import SCHEMA, Journal, Record, Row, read_record
-from s2attn.tuning.paged import decode_suite
 from benchmarks.peers import CPU_PEERS, CUDA_PEERS, NAMES, make_peers
-from s2attn.tuning.rows import Effort
 from benchmarks.runner import AnyCase, names_in, run_suite
 from benchmarks.selecting import select_suite
 from benchmarks.stacks import stack_suite
 from benchmarks.suites import attention_suite
 from benchmarks.tables import case_lines
-from s2attn.tuning.watched import main_watched, run_to_end
 from s2attn.core import bad_value
+from s2attn.tuning.host import host_facts
+from s2attn.tuning.journal import SCHEMA, Journal, Record, Row, read_record
+from s2attn.tuning.paged import decode_suite
+from s2attn.tuning.rows import Effort
+from s2attn.tuning.watched import main_watched, run_to_end
 
 SHARES = {"forward": 4.0, "backward": 4.0, "train": 3.0, "prefill": 2.0, "decode": 3.0, "inference": 3.0, "select": 2.0, "hyper": 1.0}
 """The suites, and how a time limit is shared among them."""

@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2attn.tuning.cases import AttentionCase
-from s2attn.tuning.clock import Call, Meter
-from s2attn.tuning.compare import Error, Inputs, Oracle, sample_rows, worst_of
-from s2attn.tuning.journal import Journal, Row
-from s2attn.tuning.paged import unchecked
 from benchmarks.peers import sdpa_context
-from s2attn.tuning.rows import Effort, compared, refuse_wrong
 from benchmarks.stack import Contiguous, Stack, StackCase, Step
-from s2attn.tuning.turns import Ready, Turns, error_facts
 from s2attn.layout import HeadRange, Layout, build_layout, layout_heads
 from s2attn.ops import attention
 from s2attn.ops.decode import decode
 from s2attn.ops.store import store_kv
 from s2attn.patterns import Dense, Head, Local, Pattern, Recipe, Stride
+from s2attn.tuning.cases import AttentionCase
+from s2attn.tuning.clock import Call, Meter
+from s2attn.tuning.compare import Error, Inputs, Oracle, sample_rows, worst_of
+from s2attn.tuning.journal import Journal, Row
+from s2attn.tuning.paged import unchecked
+from s2attn.tuning.rows import Effort, compared, refuse_wrong
+from s2attn.tuning.turns import Ready, Turns, error_facts
 
 OURS, PAGED, FLASH, CUDNN, SDPA = "s2attn", "s2attn-paged", "flash", "cudnn", "sdpa"
 KINDS = {FLASH: "FLASH_ATTENTION", CUDNN: "CUDNN_ATTENTION", SDPA: None}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from s2attn.tuning.cases import SHORT, AttentionCase, tokens
 from s2attn.patterns import Dense, Local, Pattern, PerHead, Power, Random, Sink, Stride, Window
+from s2attn.tuning.cases import SHORT, AttentionCase, tokens
 
 FULL: dict[str, Any] = {"dtype": "bfloat16", "head_dim": 128, "heads": 32, "kv_heads": 8, "block": 64}
 TINY: dict[str, Any] = {"dtype": "float32", "head_dim": 16, "heads": 4, "kv_heads": 2, "block": 16}

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import s2attn
-from s2attn import Local, Recipe, Shards, Stride
 from experiments.model import LanguageModel, ModelConfig
+from s2attn import Local, Recipe, Shards, Stride
 from s2attn.nn.rotary import frequencies, rotations
 
 TOKENS, STEPS = 512, 4

@@ -1,1 +1,1 @@
-"""Judging patterns, and small training runs that show what a pattern is worth."""
+"""Small training runs that show what a pattern is worth: the demo, ablations, studies of reach, evidence."""

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from s2attn.core import bad_value
 from experiments.ablate_match import Matched
 from experiments.ablate_settings import AblateSettings, Record, Scored
 from experiments.data import Corpus, Windows, read_corpus
-from s2attn.analysis.describe import describe
 from experiments.folder import NO_GAUGE, Gauge, Job, Surroundings, Watch, run_jobs
 from experiments.model import LanguageModel, ModelConfig
 from experiments.partial import Partial
@@ -20,6 +18,8 @@ from experiments.progress import Show
 from experiments.tasks import Stretch, learn, score_task, task_named
 from experiments.train import Run, TrainConfig, train_in_turn
 from experiments.training.place import Place, place_of
+from s2attn.analysis.describe import describe
+from s2attn.core import bad_value
 
 
 @dataclass(frozen=True)

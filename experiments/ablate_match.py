@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from s2attn.core import bad_value, check_block, check_int
-from s2attn.analysis.density import dense_pairs, pairs_per_head
 from experiments.model import ModelConfig
+from s2attn.analysis.density import dense_pairs, pairs_per_head
 from s2attn.analysis.stack import Stack, stack_of
+from s2attn.core import bad_value, check_block, check_int
 from s2attn.patterns import ByRange, Dense, Dilated, LongNet, Pattern, Power, Recipe, Sink, Stride, Window
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from s2attn.core import bad_value
 from experiments.ablate import Outcome
 from experiments.ablate_match import Matched
 from experiments.ablate_settings import AblateSettings, Record
+from s2attn.core import bad_value
 from s2attn.patterns import Recipe
 
 KIND = "ablation"

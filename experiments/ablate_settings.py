@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from s2attn.core import bad_value, check_int
 from experiments.ablate_match import Matched, Shape, designs, match
 from experiments.model import ModelConfig
 from experiments.tasks import Curriculum, Stretch, task_named
 from experiments.tasks.score import DEPTHS
 from experiments.train import TrainConfig
+from s2attn.core import bad_value, check_int
 
 Record = dict[str, Any]
 SIZES = ("tiny", "small", "large")

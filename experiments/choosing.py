@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from s2attn.core import bad_value, check_block, check_int
 from experiments.data import validation_batches
 from experiments.model import LanguageModel
 from experiments.recall import captured, recall
+from s2attn.core import bad_value, check_block, check_int
 from s2attn.selectors import FlexPrefill, MeanPool, Selector, VerticalSlash, XAttention, calibrate
 from s2attn.selectors.planted import STRUCTURES, Sample, planted
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from s2attn.cache import SparseCache
-from s2attn.core import bad_value
 from experiments.data import Corpus, Windows, read_corpus
-from s2attn.analysis.describe import describe
 from experiments.generate import cache_error, generate
 from experiments.model import LanguageModel, ModelConfig
 from experiments.progress import Metrics, Record, Show
 from experiments.train import Run, TrainConfig, load_model, train_in_turn
+from s2attn.analysis.describe import describe
+from s2attn.cache import SparseCache
+from s2attn.core import bad_value
 from s2attn.nn.sampling import Sampling
 from s2attn.patterns import Dense, Local, Pattern, Recipe, Stride
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2attn.core import bad_value
 from experiments.ablate_record import KIND as ABLATION
 from experiments.ablate_settings import Record
 from experiments.evidence_ablation import SECTIONS, ablation_pictures, ablation_sections
@@ -15,6 +14,7 @@ from experiments.evidence_reach import KIND as REACH
 from experiments.evidence_reach import reach_pictures, reach_sections, reach_targets
 from experiments.evidence_targets import ablation_targets, targets_table
 from s2attn.analysis.guidelines import GUIDELINES
+from s2attn.core import bad_value
 
 RECORDS = Path(__file__).parent / "records"
 Records = Mapping[str, Record]

@@ -10,10 +10,10 @@ from statistics import mean
 from experiments.ablate_report import loss_chart, mean_scores, plan_table, task_chart, with_spread
 from experiments.ablate_settings import Record
 from experiments.evidence_found import FAR, Found
-from s2attn.analysis.guidelines import GUIDELINES, Guideline
 from experiments.paired import Paired
 from experiments.report_md import markdown, mebibytes
 from experiments.tasks import heat_map
+from s2attn.analysis.guidelines import GUIDELINES, Guideline
 from s2attn.patterns import Or, Window
 
 LOSS_GOAL = 0.01
@@ -25,7 +25,12 @@ Says = Callable[[Found], Iterator[str]]
 def ablation_sections(records: Mapping[str, Record]) -> list[str]:
     """The part of the page that comes from ablations: a section for what was run, for the results, and for every guideline."""
     found = [Found.of(name, record) for name, record in records.items()]
-    parts = ["## What was run", *_each(found, what_was_run, "python -m experiments ablate"), "## Results", *_each(found, results, "python -m experiments ablate")]
+    parts = [
+        "## What was run",
+        *_each(found, what_was_run, "python -m experiments ablate"),
+        "## Results",
+        *_each(found, results, "python -m experiments ablate"),
+    ]
     parts += ["## Passkey far out", *_each(found, far_out, "python -m experiments ablate --tasks passkey")]
     for key, says in SECTIONS.items():
         guideline = GUIDELINES[key]

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from s2attn.core import bad_value
 from experiments.progress import Show
 from experiments.training.files import write_file
 from experiments.training.place import ALONE, Place
+from s2attn.core import bad_value
 
 Record = dict[str, Any]
 K = TypeVar("K")
@@ -26,7 +26,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Gauge:
-    """What knows the machine; the command line brings that of `benchmarks`, without it nothing is measured.
+    """What knows the machine; the command line brings that of the benchmarks, without it nothing is measured.
 
     Attributes:
         peak_bytes: by how much memory rises while a call runs, or None.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2attn.cache import SparseCache
 from experiments.model import LanguageModel
+from s2attn.cache import SparseCache
 from s2attn.nn.generation import stream
 from s2attn.nn.sampling import Sampling
 

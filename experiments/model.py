@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s2attn.core import bad_value, check_int
 from experiments.data import VOCABULARY
+from s2attn.core import bad_value, check_int
 from s2attn.nn import SparseAttention, look_back, positions
 from s2attn.nn.rotary import frequencies, rotate, rotations
 from s2attn.patterns import Dense, Recipe

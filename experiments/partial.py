@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from s2attn.core import bad_value
 from experiments.folder import OutOfTime, Record, Watch, differing, write_json
 from experiments.train import Run, TrainConfig
 from experiments.training.files import remove_partial, whole_folder
 from experiments.training.place import Place
+from s2attn.core import bad_value
 
 
 class Partial:

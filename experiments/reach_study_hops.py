@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_value, check_int
 from experiments.model import ModelConfig
+from s2attn.core import bad_value, check_int
 from s2attn.layout import build_layout, to_dense
 from s2attn.patterns import Pattern
 from s2attn.patterns.runs import Array

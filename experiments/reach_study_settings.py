@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from s2attn.core import bad_value, check_int
 from experiments.model import ModelConfig
 from experiments.tasks import Curriculum
 from experiments.train import TrainConfig
+from s2attn.core import bad_value, check_int
 from s2attn.patterns import Dense, Dilated, Local, LongNet, Pattern, Power, Recipe, Sink, Stride, Window
 
 Record = dict[str, Any]

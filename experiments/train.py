@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from s2attn.core import bad_value, check_int
 from experiments.data import Batch, Feed
 from experiments.model import Block, LanguageModel, ModelConfig
 from experiments.training.files import write_file
 from experiments.training.place import ALONE, Place
+from s2attn.core import bad_value, check_int
 
 Log = Callable[[dict[str, Any]], None]
 PRECISIONS = ("float32", "bfloat16")

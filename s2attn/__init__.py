@@ -91,7 +91,7 @@ __all__ = [
     "warmup_decode",
 ]
 
-# The lab, the selectors, serving and hosts are loaded when they are first asked for: attention alone does not need them.
+# The analysis, the selectors, serving and hosts are loaded when they are first asked for: attention alone does not need them.
 _LAZY = {
     "Comparison": "s2attn.analysis.compare",
     "HostedCache": "s2attn.cache.hosted",

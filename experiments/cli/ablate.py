@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from s2attn.tuning.clock import peak_bytes
-from s2attn.tuning.host import host_facts
-from s2attn.cli.screen import Screen, console, table
-from s2attn.core import bad_value, check_int
 from experiments.ablate import run_ablation
 from experiments.ablate_report import plan_table, result_table, summary, write_report
 from experiments.ablate_settings import AblateSettings
+from experiments.cli.screen import Screen
 from experiments.folder import Gauge
+from s2attn.cli.screen import console, table
+from s2attn.core import bad_value, check_int
+from s2attn.tuning.clock import peak_bytes
+from s2attn.tuning.host import host_facts
 
 
 def settings_of(

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from s2attn.cli.screen import console, table
-from s2attn.core import bad_value
 from experiments.choosing import budget_of, calibrated, methods, model_data, planted_data, read_by, write_coverage
 from experiments.data import read_corpus
 from experiments.recall import judge, recall_chart, recall_table
 from experiments.train import load_model
 from experiments.training.tokens import read_tokens
+from s2attn.cli.screen import console, table
+from s2attn.core import bad_value
 from s2attn.selectors import XAttention
 
 

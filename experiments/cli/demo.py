@@ -9,12 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from s2attn.tuning.cases import length_cases
 from benchmarks.runner import Effort, run_suite
-from s2attn.cli.screen import Screen, console, show_times, table
+from experiments.cli.screen import Screen, show_times
 from experiments.demo import DemoSettings, run_demo
 from experiments.progress import Show
 from experiments.report_md import loss_table, seconds, write_report
+from s2attn.cli.screen import console, table
+from s2attn.tuning.cases import length_cases
 
 
 def time_attention(settings: DemoSettings, show: Show) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def show_demo(out: Path, *, quick: bool, steps: int | None, seed: int, flex: boo
     out.mkdir(parents=True, exist_ok=True)
     results = run_demo(settings, out, Screen(screen), time_attention)
     plot(settings.timed_pattern, num_heads=8, seqlen=4096 if not quick else settings.lengths[-1], path=out / "pattern.png")
-    results["command"] = " ".join(["s2attn", *sys.argv[1:]]) if sys.argv[1:2] == ["demo"] else "python -m experiments demo"
+    results["command"] = " ".join(["python -m experiments", *sys.argv[1:]]) if sys.argv[1:2] == ["demo"] else "python -m experiments demo"
     results["total_seconds"] = time.perf_counter() - began
     page = write_report(results, out)
     _print_results(results, screen)

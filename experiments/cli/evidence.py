@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2attn.core import bad_value
 from experiments.evidence import committed_records, write_page
+from s2attn.core import bad_value
 
 
 def show_evidence(folder: Path | None, out: Path) -> None:

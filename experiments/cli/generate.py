@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from s2attn.cache import CacheFull, SparseCache
-from s2attn.core import bad_value
 from experiments.train import load_model
 from experiments.training.tokens import Bytes, Tokenizer, read_tokens, tokenizer_in
+from s2attn.cache import CacheFull, SparseCache
+from s2attn.core import bad_value
 from s2attn.nn.generation import NewToken, stream
 from s2attn.nn.sampling import Sampling
 

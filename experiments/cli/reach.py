@@ -6,14 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from s2attn.tuning.host import host_facts
 from experiments.cli.ablate import words
-from s2attn.cli.screen import Screen, console, table
-from s2attn.core import check_int
+from experiments.cli.screen import Screen
 from experiments.folder import Gauge
 from experiments.reach_study import Outcome, run_reach
 from experiments.reach_study_report import hops_table, plan_table, result_table, summary, totals, totals_table, write_report
 from experiments.reach_study_settings import ReachSettings
+from s2attn.cli.screen import console, table
+from s2attn.core import check_int
+from s2attn.tuning.host import host_facts
 
 
 def settings_of(size: str, *, patterns: str, seeds: int | None, steps: int | None) -> ReachSettings:
@@ -40,7 +41,7 @@ def show_reach(settings: ReachSettings, out: Path, *, limit: float | None) -> No
     if settings.is_tiny:
         screen.print("[yellow]Tiny sizes: this shows that everything works, and none of its numbers means anything.[/yellow]")
     outcome = run_reach(settings, out, Screen(screen), Gauge(host=host_facts), limit)
-    command = " ".join(["s2attn", *sys.argv[1:]]) if sys.argv[1:2] == ["reach"] else "python -m experiments reach"
+    command = " ".join(["python -m experiments", *sys.argv[1:]]) if sys.argv[1:2] == ["reach"] else "python -m experiments reach"
     page = write_report(outcome, out, command)
     if outcome.runs:
         made = totals(list(outcome.runs.values()))

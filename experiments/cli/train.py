@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2attn.cli.screen import Screen, console, table
+from experiments.cli.screen import Screen
 from experiments.progress import Silent
 from experiments.training.config import read_config
 from experiments.training.job import run_training
+from s2attn.cli.screen import console, table
 
 
 def show_training(path: Path | None, changes: Sequence[str], *, resume: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2attn.core import bad_value
 from experiments.charts import new_figure, tokens
 from experiments.tasks.score import Scores
+from s2attn.core import bad_value
 
 
 def heat_map(found: Sequence[Scores], path: Path, *, title: str = "") -> Path:

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from s2attn.core import bad_value, check_int
 from experiments.tasks.base import SCORED, TAUGHT, Example, Task, names, noise, spread, values
+from s2attn.core import bad_value, check_int
 
 
 def _check(task: Task, **least: int) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from s2attn.core import bad_value, check_int
 from experiments.data import Batch, Feed
 from experiments.tasks.base import Task, TaskBatch
 from experiments.train import Run
+from s2attn.core import bad_value, check_int
 
 Log = Callable[[dict[str, Any]], None]
 IGNORED = -100

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from s2attn.core import bad_value
 from experiments.model import LanguageModel, ModelConfig
+from s2attn.core import bad_value
 
 METHODS = ("interpolation", "ntk")
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2attn.core import bad_value, check_int
 from experiments.model import LanguageModel
 from experiments.tasks.base import Task, TaskBatch
 from experiments.tasks.rope import METHODS, stretched
+from s2attn.core import bad_value, check_int
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

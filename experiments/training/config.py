@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.integrations.spec import read_spec
 from experiments.model import ModelConfig
 from experiments.train import TrainConfig
 from s2attn.analysis.words import read_what
+from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.integrations.spec import read_spec
 from s2attn.patterns import Local, Pattern, Recipe, Stride
 
 tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2attn.core import bad_value, check_int
 from experiments.data import EXCLUDED, is_validation, stdlib_files
+from s2attn.core import bad_value, check_int
 
 SPLITS = ("package", "file", "tail")
 SOURCES = ("stdlib", "installed")

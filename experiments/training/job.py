@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from s2attn.core import bad_value
 from experiments.model import LanguageModel
 from experiments.progress import Metrics, Record, Show
 from experiments.train import Run, train_in_turn
@@ -20,6 +19,7 @@ from experiments.training.packing import Packed, Rows
 from experiments.training.place import Place, place_of
 from experiments.training.store import Store
 from experiments.training.tokens import FILE, BytePairs, Bytes, Tokenizer, Tokens
+from s2attn.core import bad_value
 
 CHECKPOINTS = "checkpoints"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_value, check_int
 from experiments.data import Batch, generator_of
 from experiments.training.place import ALONE, Place
 from experiments.training.tokens import END, Tokens
+from s2attn.core import bad_value, check_int
 
 
 @dataclass(frozen=True)

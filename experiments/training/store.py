@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from s2attn.core import bad_value, check_int
 from experiments.train import Run
 from experiments.training.files import remove_partial, whole_folder
 from experiments.training.tokens import Tokenizer
+from s2attn.core import bad_value, check_int
 
 MISSING = "nothing"
 

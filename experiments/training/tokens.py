@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_value, check_int
 from experiments.data import END_OF_FILE, VOCABULARY
 from experiments.training.files import write_file
+from s2attn.core import bad_value, check_int
 
 END = END_OF_FILE
 """Stands before each document and after the last one; no text holds it."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2attn.analysis.asking import Asked, Layer, Visit, found_layers
 from s2attn.cache.probe import device_of
 from s2attn.core import Unsupported, bad_value
-from s2attn.analysis.asking import Asked, Layer, Visit, found_layers
 from s2attn.patterns import Dense
 
 PREFIX = "s2attn_looks_at_"

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.analysis.asking import Asked, Native, Subject, fitting
 from s2attn.analysis.asking_transformers import Hosted, is_hosted
 from s2attn.analysis.density import dense_pairs, pairs_per_head
 from s2attn.analysis.stack import stack_of
+from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.patterns import Dense, Head, Local, Or, Pattern, Recipe, Sink, Window
 from s2attn.patterns.runs import Array
 

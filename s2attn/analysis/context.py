@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from s2attn.analysis.text import amount
 from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.distributed.balance import balanced_shards
 from s2attn.distributed.shards import Shards
 from s2attn.distributed.traffic import WAYS, Traffic, ask, traffic_of
-from s2attn.analysis.text import amount
 from s2attn.patterns import Pattern, Recipe
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from s2attn.core import bad_value, check_int
 from s2attn.analysis import density as _density
 from s2attn.analysis.context import ContextReport, describe_context
 from s2attn.analysis.cover import Cover, cover_of, last_row, least_group_row
@@ -18,6 +17,7 @@ from s2attn.analysis.efficiency import CounterExample, cache_horizon, cached_tok
 from s2attn.analysis.guidelines import Advice
 from s2attn.analysis.reach import Reach, reach_of
 from s2attn.analysis.stack import Key, Stack, stack_of
+from s2attn.core import bad_value, check_int
 from s2attn.layout import Layout
 from s2attn.patterns import Pattern, Recipe
 

@@ -88,6 +88,8 @@ GUIDELINES: Mapping[str, Guideline] = {
         "python -m benchmarks run forward backward --cases 'stripes per'",
         "Groups that share blocks",
     ),
-    "even": Guideline("heads should list equally many blocks", "python -m benchmarks run forward backward --cases 'mixed heads'", "Even heads"),
+    "even": Guideline(
+        "heads should list equally many blocks", "python -m benchmarks run forward backward --cases 'mixed heads'", "Even heads"
+    ),
 }
 """By a short name, in the order of the documentation."""

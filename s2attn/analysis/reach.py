@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from s2attn.core import bad_value
 from s2attn.analysis.stack import Key, Stack, stack_of
+from s2attn.core import bad_value
 from s2attn.layout import Layout
 from s2attn.patterns import Pattern, Recipe
 from s2attn.patterns.runs import Array

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.analysis.asking import Asked, Subject
 from s2attn.analysis.compare import Comparison, Masses, Text, likelihood, markdown, measured, read_texts, subject_of
+from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.patterns import Dense, Pattern, PerHead, Recipe, Sink, Window
 from s2attn.patterns.runs import Array
 

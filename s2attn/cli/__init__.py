@@ -1,10 +1,10 @@
-"""The command ``s2attn``. Its libraries are the extra ``lab``; without them the command says how to get them."""
+"""The command ``s2attn``. Its libraries are the extra ``cli``; without them the command says how to get them."""
 
 from __future__ import annotations
 
 import sys
 
-HINT = 's2attn: the command line needs {missing}; install it with: pip install "s2attn[lab]"'
+HINT = 's2attn: the command line needs {missing}; install it with: pip install "s2attn[cli]"'
 
 
 def main() -> None:

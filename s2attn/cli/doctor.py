@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from s2attn.backends.registry import backend_names, get_backend
-from s2attn.tuning.host import host_facts
 from s2attn.cli.screen import console, table
+from s2attn.tuning.host import host_facts
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "typer", "rich", "matplotlib")
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from s2attn.analysis.compare import NeedsTraining, compare
+from s2attn.analysis.suggest import suggest
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
 from s2attn.core import Unsupported, bad_value, check_int
-from s2attn.analysis.compare import NeedsTraining, compare
-from s2attn.analysis.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,10 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
     if not (folder / "config.json").is_file():
         raise bad_value("MODEL", "must be a folder with a config.json", str(folder))
     tokens = pieces(read_tokens(folder, reading.file), reading)
-    if (folder / "weights.pt").is_file():
-        from experiments.train import load_model
-
-        model: Any = load_model(folder)
-    elif json.loads((folder / "config.json").read_text()).get("model_type") == "phi3small":
+    if json.loads((folder / "config.json").read_text()).get("model_type") == "phi3small":
         from s2attn.integrations.phi3small import Phi3Small
 
-        model = Phi3Small.from_folder(folder)
+        model: Any = Phi3Small.from_folder(folder)
     else:
         from transformers import AutoModelForCausalLM
 
@@ -91,10 +87,6 @@ def read_tokens(folder: Path, file: Path) -> list[int]:
         if not isinstance(found, list):
             raise bad_value("--text", "must hold a list of tokens, where it is JSON", type(found).__name__)
         return [check_int("--text", token, 0) for token in found]
-    if (folder / "weights.pt").is_file():
-        from experiments.training.tokens import read_tokens as own_tokens
-
-        return own_tokens(folder, file.read_bytes())
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise Unsupported("this text cannot be read", {str(folder): ["it holds no tokenizer; give the tokens as a JSON list"]})
     from transformers import AutoTokenizer

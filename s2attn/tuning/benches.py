@@ -15,9 +15,9 @@ from s2attn.backends.triton.backend import processors
 from s2attn.backends.triton.decode import Rows, decode, plan_decode
 from s2attn.backends.triton.tiles import Tiles
 from s2attn.backends.triton.ways import Prepared, Way, objections
+from s2attn.core import bad_value
 from s2attn.tuning.candidates import Target, fallback
 from s2attn.tuning.paged import Batch, DecodeCase
-from s2attn.core import bad_value
 
 Run = Callable[[], list[Tensor]]
 

@@ -11,11 +11,11 @@ from s2attn.backends.triton.hopper import OPS as HOPPER_OPS
 from s2attn.backends.triton.specialised import WIDTHS
 from s2attn.backends.triton.table import Situation, density_class
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
-from s2attn.tuning.paged import DecodeCase
 from s2attn.core import bad_value, check_block, check_int
 from s2attn.layout import Layout, build_layout, dense_pairs
 from s2attn.patterns import Dense, Local, Pattern, Stride
 from s2attn.schedule import CUTS
+from s2attn.tuning.paged import DecodeCase
 
 OPS = ("forward", "dq", "dkv", "decode")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

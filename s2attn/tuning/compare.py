@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import AttentionCase
 from s2attn.patterns import Head, Pattern, Shape
+from s2attn.tuning.cases import AttentionCase
 
 SUM_ROUNDINGS = 8
 LINE_TOKENS = 64  # keys whose gradients are judged together

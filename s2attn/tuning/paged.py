@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2attn.tuning.cases import DTYPES, S2, tokens
 from s2attn.core import bad_value, check_block, check_int
 from s2attn.layout import Layout, build_layout
 from s2attn.patterns import Dense, Local, Pattern, Power, Sink, Stride, Window
+from s2attn.tuning.cases import DTYPES, S2, tokens
 
 FEWEST = 16  # the longest of ragged sequences is up to so many times as long as the shortest
 

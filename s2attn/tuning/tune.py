@@ -19,6 +19,7 @@ from torch import Tensor
 from s2attn.backends.triton.backend import gpu_facts, triton_version
 from s2attn.backends.triton.table import Situation, file_name, write_table
 from s2attn.backends.triton.tiles import Tiles
+from s2attn.core import bad_value
 from s2attn.tuning.benches import Bench
 from s2attn.tuning.candidates import FINALISTS, Target, candidates, check_density, compiled_ahead, fallback, refined, small_target
 from s2attn.tuning.clock import Call, Meter, Timing, time_in_turn
@@ -26,7 +27,6 @@ from s2attn.tuning.host import host_facts
 from s2attn.tuning.journal import SCHEMA, DeviceLost, Journal
 from s2attn.tuning.rows import one_line, still_there
 from s2attn.tuning.turns import LATE
-from s2attn.core import bad_value
 
 Note = Callable[[str], None]
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from s2attn.backends.triton.table import PACKAGED
+from s2attn.core import bad_value
 from s2attn.tuning.candidates import Target, targets
 from s2attn.tuning.journal import Journal, Row, read_record
 from s2attn.tuning.tune import measured, tune, tune_lines
 from s2attn.tuning.watched import main_watched, run_to_end
-from s2attn.core import bad_value
 
 STALL_S = 60.0
-WORKER = (sys.executable, "-m", "benchmarks", "tune-work")
+WORKER = (sys.executable, "-m", "s2attn.tuning", "work")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from s2attn import Local, PerHead, Power, Recipe, Stride, Window
 from benchmarks.session import SUITES
-from s2attn.cli.app import app
 from experiments.ablate_settings import AblateSettings
-from s2attn.analysis.describe import Report, describe
 from experiments.evidence import evidence_page
+from s2attn import Local, PerHead, Power, Recipe, Stride, Window
+from s2attn.analysis.describe import Report, describe
 from s2attn.analysis.guidelines import GUIDELINES, Guideline, anchor
+from s2attn.cli.app import app
 from s2attn.patterns import Dense
 
 ROOT = Path(__file__).parents[2]

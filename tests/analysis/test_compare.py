@@ -17,9 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import s2attn
+from experiments.model import LanguageModel, ModelConfig
 from s2attn import Dense, Local, PerHead, Recipe, Sink, SparseAttention, Stride, Unsupported, Window
 from s2attn.analysis.compare import NeedsTraining, kind_of, ranges
-from experiments.model import LanguageModel, ModelConfig
 from tests.support.masks import dense_mask
 
 VOCABULARY = 64

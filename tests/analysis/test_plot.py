@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from s2attn.core import Unsupported
 from s2attn.analysis.plot import colours, plot, token_ticks
 from s2attn.analysis.raster import last_blocks, raster_of
+from s2attn.core import Unsupported
 from s2attn.layout import build_layout
 from s2attn.patterns import Dense, Local, PerHead, Recipe, Sink, Stride, Window, preset
 from tests.support.strategies import CallShape, call_shapes, patterns

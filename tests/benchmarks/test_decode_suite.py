@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from s2attn import Dense, Local, Stride
 from benchmarks import decoding
-from s2attn.tuning.clock import Meter
 from benchmarks.compared import compare_text
 from benchmarks.decoding import DecodeOracle, WholeFlex, run_decode_case
-from s2attn.tuning.paged import Batch, DecodeCase, decode_suite, listed_in, uniform_twin
 from benchmarks.report import report_page
-from s2attn.tuning.rows import Effort
 from benchmarks.runner import run_suite
 from benchmarks.session import Plan
 from benchmarks.tables import record_text
+from s2attn import Dense, Local, Stride
 from s2attn.patterns import Head, Shape, Window
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.paged import Batch, DecodeCase, decode_suite, listed_in, uniform_twin
+from s2attn.tuning.rows import Effort
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 S2 = Local(2, 16) | Stride(4, block=16)

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from benchmarks import estimating
-from s2attn.tuning.clock import Meter
 from benchmarks.compared import compare_text
 from benchmarks.estimating import Estimating, HyperCase, Stopwatch, hyper_suite, run_hyper_case
 from benchmarks.report import report_page, targets_table
-from s2attn.tuning.rows import Effort
 from benchmarks.runner import run_suite
 from benchmarks.tables import record_text
 from s2attn.ops import attention
 from s2attn.selectors import hyper, hyper_attention
 from s2attn.selectors.stages import HYPER_STAGES, heard_by, stage
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.rows import Effort
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 TINY = hyper_suite(size="tiny")

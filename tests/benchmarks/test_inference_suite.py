@@ -9,19 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from s2attn import Dense
 from benchmarks import inference
-from s2attn.tuning.clock import Meter
 from benchmarks.compared import compare_text
 from benchmarks.inference import InferenceCase, Serving, inference_suite
-from s2attn.tuning.journal import Journal
 from benchmarks.report import report_page
-from s2attn.tuning.rows import Effort
 from benchmarks.runner import run_suite
 from benchmarks.stacks import OURS, SDPA, DenseStack
 from benchmarks.tables import record_text
+from s2attn import Dense
 from s2attn.cache import CacheFull
 from s2attn.patterns import Recipe
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.journal import Journal
+from s2attn.tuning.rows import Effort
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 TINY = inference_suite(size="tiny")[0]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.compared import compare_text, speedup_chart, speedups
-from s2attn.tuning.journal import write_record
 from benchmarks.report import committed_records, losing, report_page, targets_table
 from benchmarks.tables import record_text
 from benchmarks.targets import TARGETS
+from s2attn.tuning.journal import write_record
 
 ROOT = Path(__file__).parents[2]
 

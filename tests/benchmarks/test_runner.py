@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.flex import Flex, mask_function
+from benchmarks.peers import Peer, Prepared, S2Attn, Sdpa
+from benchmarks.runner import Effort, run_case, run_layout_case, run_suite, write_record
 from s2attn import Dense, Local, LongNet, Pattern, Power, Sink, Stride, Window
+from s2attn.patterns import Head, Shape
 from s2attn.tuning.cases import AttentionCase, LayoutCase, cpu_suite, length_cases, quick_suite
 from s2attn.tuning.clock import Timing, peak_bytes, time_in_turn
 from s2attn.tuning.compare import Inputs, Oracle, sample_rows
-from benchmarks.flex import Flex, mask_function
 from s2attn.tuning.host import host_facts
-from benchmarks.peers import Peer, Prepared, S2Attn, Sdpa
 from s2attn.tuning.rows import Skip
-from benchmarks.runner import Effort, run_case, run_layout_case, run_suite, write_record
-from s2attn.patterns import Head, Shape
 
 PATTERN = Local(2, block=16) | Stride(4, block=16)
 FAST = Effort(rounds=2, min_rounds=1, budget_s=0.2)

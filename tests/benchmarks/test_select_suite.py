@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from benchmarks import selecting
-from s2attn.tuning.clock import Meter
 from benchmarks.compared import compare_text
 from benchmarks.report import report_page, targets_table
-from s2attn.tuning.rows import Effort
 from benchmarks.runner import run_suite
 from benchmarks.selecting import Selecting, SelectOracle, run_select_case, select_suite
 from benchmarks.serving_tables import crossovers
 from benchmarks.tables import record_text
 from experiments.recall import recall
 from s2attn.selectors import Call, MassSelector, MeanPool, XAttention
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.rows import Effort
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 TINY = select_suite(size="tiny")

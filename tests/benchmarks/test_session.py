@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from s2attn.tuning.cases import AttentionCase
-from s2attn.tuning.clock import Meter
-from s2attn.tuning.journal import DeviceLost, Journal, Row, read_record, write_atomically
 from benchmarks.peers import Peer, Prepared, Sdpa
-from s2attn.tuning.rows import Effort
 from benchmarks.runner import run_case, run_suite
 from benchmarks.session import Plan, _finished, plan_of, run_plan, work
 from benchmarks.suites import attention_suite
+from s2attn.tuning.cases import AttentionCase
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.journal import DeviceLost, Journal, Row, read_record, write_atomically
+from s2attn.tuning.rows import Effort
 from s2attn.tuning.watched import run_to_end
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2attn import Dense, Local, PerHead, Power, Random, Sink, Stride, Window
-from s2attn.tuning.cases import AttentionCase
-from s2attn.tuning.clock import Meter
-from s2attn.tuning.compare import Inputs, Oracle
 from benchmarks.flex import choices, mask_from, mask_function
 from benchmarks.original import block_table, load_original
 from benchmarks.peers import CUDA_PEERS, Sdpa, case_layout, listed_pairs, make_peers
-from s2attn.tuning.rows import Effort, Skip, compared
 from benchmarks.runner import run_case, run_suite
 from benchmarks.stack import Stack, StackCase
 from benchmarks.stacks import DenseStack, Measuring, Ours, PagedStack, stack_peers, stack_suite
 from benchmarks.suites import attention_suite
+from s2attn import Dense, Local, PerHead, Power, Random, Sink, Stride, Window
 from s2attn.layout import from_block_mask
 from s2attn.ops import attention
 from s2attn.patterns import Head, Recipe, Shape
+from s2attn.tuning.cases import AttentionCase
+from s2attn.tuning.clock import Meter
+from s2attn.tuning.compare import Inputs, Oracle
+from s2attn.tuning.rows import Effort, Skip, compared
 
 FAST = Effort(rounds=1, min_rounds=1, budget_s=0.1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import s2attn
+from experiments.model import LanguageModel, ModelConfig
 from s2attn import Dense, HeadRange, Local, PerHead, Power, Recipe, Sampling, Sink, SparseCache, Stride, Window
 from s2attn.cache import CacheFull
 from s2attn.cache.bus import Bus
@@ -17,7 +18,6 @@ from s2attn.cache.host_parts import packed_layout, split_by_page
 from s2attn.cache.host_plan import plan_layers
 from s2attn.cache.hosted import HostedCache
 from s2attn.cache.needs import pages_read
-from experiments.model import LanguageModel, ModelConfig
 
 H, G, D, PAGE, MOST = 4, 2, 8, 16, 400
 SHAPE: dict[str, Any] = {"num_kv_heads": G, "num_heads": H, "head_dim": D, "v_dim": 6, "page_size": PAGE, "dtype": torch.float64}

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import s2attn
+from experiments.cli.screen import Screen
 from s2attn import cli
 from s2attn.cli.app import app
-from s2attn.cli.screen import Screen, console
+from s2attn.cli.screen import console
 
 
 def run(*words: str) -> Result:
@@ -214,7 +215,7 @@ def test_without_the_extra_there_is_a_hint(missing: str, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err.strip() == f's2attn: the command line needs {missing}; install it with: pip install "s2attn[lab]"'
+    assert capsys.readouterr().err.strip() == f's2attn: the command line needs {missing}; install it with: pip install "s2attn[cli]"'
 
 
 def test_another_missing_module_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +279,9 @@ def test_what_generate_cannot_do_is_one_line(trained: Path, words: list[str], me
 
 
 def test_generate_says_when_pieces_are_too_large_for_a_saved_cache(trained: Path, tmp_path: Path) -> None:
-    from s2attn import Local, Recipe
     from experiments.model import LanguageModel, ModelConfig
     from experiments.train import save_model
+    from s2attn import Local, Recipe
 
     config = ModelConfig(layers=1, width=32, heads=2, kv_heads=1, hidden=32, recipe=Recipe(Local(2, block=16)))
     save_model(LanguageModel(config), tmp_path / "local")

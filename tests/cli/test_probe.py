@@ -13,10 +13,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from s2attn import Dense, Recipe, Sink, Window, compare
-from s2attn.cli.app import app
 from experiments.model import LanguageModel, ModelConfig
 from experiments.train import save_model
+from s2attn import Dense, Recipe, Sink, Window, compare
+from s2attn.cli.app import app
 
 RECIPE = Recipe(Dense(), layers={1: Sink(4) | Window(32)})
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from s2attn import Recipe
 from experiments import ablate
 from experiments.ablate import Outcome, run_ablation
 from experiments.ablate_record import outcome_of, record_of
@@ -28,6 +27,7 @@ from experiments.progress import Show
 from experiments.tasks import Scores
 from experiments.train import Run
 from experiments.training.place import Place
+from s2attn import Recipe
 
 TINY = replace(AblateSettings.of("tiny").with_steps(3, 2), recipes=("dense", "s2", "s2+1"))
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2attn import Dense, LongNet, Power, Recipe, Stride, Window
 from experiments.ablate_match import Matched, Shape, designs, match
+from s2attn import Dense, LongNet, Power, Recipe, Stride, Window
 from s2attn.analysis.describe import describe
 from tests.support import dense_mask
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2attn import Dense, Local, Recipe, Sampling, Sink, SparseCache, Stride, Window
 from experiments.generate import cache_error, generate
 from experiments.model import LanguageModel, ModelConfig
 from experiments.train import load_model, save_model
+from s2attn import Dense, Local, Recipe, Sampling, Sink, SparseCache, Stride, Window
 
 SPARSE = Recipe(Local(2, block=16) | Stride(2, block=16), dense_layers=[0])
 SMALL = ModelConfig(layers=3, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48, recipe=SPARSE)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from s2attn import Dense, Local, Recipe, Stride
 from experiments.data import Windows
 from experiments.model import LanguageModel, ModelConfig
 from experiments.train import Run, TrainConfig, steps_that_fit, train_in_turn
+from s2attn import Dense, Local, Recipe, Stride
 
 SPARSE = Recipe(Local(2, block=16) | Stride(2, block=16), dense_layers=[0])
 MODEL = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, hidden=48, recipe=SPARSE)

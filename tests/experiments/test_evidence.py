@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from s2attn.cli.app import app
 from experiments.ablate import Outcome
 from experiments.ablate_record import record_of
 from experiments.ablate_settings import AblateSettings, Scored
@@ -24,6 +23,7 @@ from experiments.model import LanguageModel
 from experiments.paired import Paired
 from experiments.tasks import Curriculum
 from experiments.train import TrainConfig
+from s2attn.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 TINY = AblateSettings.of("tiny")
@@ -85,7 +85,9 @@ def test_the_committed_page_is_the_one_that_is_made() -> None:
 def test_without_records_the_page_says_what_would_measure() -> None:
     page = evidence_page({})
     assert "Nothing was measured yet; `python -m experiments ablate` would do that." in section(page, "Results")
-    assert "Nothing was measured yet; `python -m experiments ablate --recipes dense,homogeneous,s2` would do that." in section(page, "Heads that differ")
+    assert "Nothing was measured yet; `python -m experiments ablate --recipes dense,homogeneous,s2` would do that." in section(
+        page, "Heads that differ"
+    )
     assert section(page, "Targets").count("| not measured |") == len(TARGETS) + 1
     assert "`python -m experiments reach` would do that" in section(page, "Reach and recall")
 

@@ -18,13 +18,13 @@ from torch import nn
 from experiments.folder import Gauge, Surroundings, Watch, finished, write_json
 from experiments.model import LanguageModel, ModelConfig
 from experiments.progress import Silent
-from s2attn.analysis.reach import reach
 from experiments.reach_study import Digits, Outcome, _job, one_run, right_counts, run_reach
 from experiments.reach_study_hops import NEVER, hops
 from experiments.reach_study_report import hops_table, result_table, summary, totals, totals_table, write_report
 from experiments.reach_study_settings import Case, ReachSettings
 from experiments.tasks import Curriculum
 from experiments.tasks.learn import IGNORED
+from s2attn.analysis.reach import reach
 from s2attn.patterns import Dense, Dilated, Local, Pattern, Power, Recipe, Sink, Stride, Window
 from tests.support import dense_mask
 from tests.support.strategies import patterns

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2attn import Dense, XAttention, attention
 from experiments.model import LanguageModel, ModelConfig
 from experiments.recall import captured, judge, recall, recall_chart, recall_table
+from s2attn import Dense, XAttention, attention
 from s2attn.selectors import Gated, MeanPool, calibrate
 from s2attn.selectors.planted import STRUCTURES, planted
 

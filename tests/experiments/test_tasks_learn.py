@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from s2attn import Dense, Local, Recipe
 from experiments.generate import generate
 from experiments.model import LanguageModel, ModelConfig
 from experiments.tasks import Copy, Curriculum, Passkey, Recall, Scores, Stretch, heat_map, learn, right_answers, score_task, stretched
 from experiments.tasks.learn import IGNORED, Questions
 from experiments.tasks.rope import stretched_config
 from experiments.train import Run, TrainConfig
+from s2attn import Dense, Local, Recipe
 from s2attn.nn.rotary import rotations
 from s2attn.nn.sampling import Sampling
 

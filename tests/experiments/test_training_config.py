@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from s2attn import Dense, Local, Recipe, Stride, Window
 from experiments.training.config import JobConfig, config_of, read_config, tomllib
+from s2attn import Dense, Local, Recipe, Stride, Window
 
 FILE = """
 [data]

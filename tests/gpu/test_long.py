@@ -9,9 +9,9 @@ import torch
 
 from s2attn import Local, Pattern, Sink, Stride, Window, build_layout
 from s2attn.backends import Scoring
-from s2attn.tuning.compare import sample_rows
 from s2attn.patterns import Head
 from s2attn.patterns import Shape as Length
+from s2attn.tuning.compare import sample_rows
 from tests.support import eager, oracle
 from tests.support.oracle import assert_close
 from tests.support.problems import Problem, by_autograd

@@ -174,9 +174,9 @@ def hopper(driver: RecordingDriver) -> Any:
 
 def ahead(driver: RecordingDriver) -> Any:
     """What `s2attn tune` compiles ahead for decoding, and what its small and its full problems compile beyond that; what they launch."""
+    from s2attn.kernels.decode import count_kernel, decode_kernel, reduce_kernel
     from s2attn.tuning.benches import Bench
     from s2attn.tuning.candidates import compiled_ahead, small_target, targets
-    from s2attn.kernels.decode import count_kernel, decode_kernel, reduce_kernel
 
     kernels = (decode_kernel, count_kernel, reduce_kernel)
     forms = lambda: [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]  # noqa: E731

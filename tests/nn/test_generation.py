@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import s2attn
-from s2attn import Dense, Local, Power, Recipe, Sampling, Sink, SparseAttention, SparseCache, Stride, Window
-from s2attn.cache import CacheFull
 from experiments.generate import cache_error
 from experiments.generate import generate as write_bytes
 from experiments.model import LanguageModel, ModelConfig
+from s2attn import Dense, Local, Power, Recipe, Sampling, Sink, SparseAttention, SparseCache, Stride, Window
+from s2attn.cache import CacheFull
 from s2attn.nn.generation import Generated, generate, stream
 
 S2 = Local(2, block=16) | Stride(2, block=16)

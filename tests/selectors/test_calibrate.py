@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2attn import XAttention
 from experiments.recall import recall
+from s2attn import XAttention
 from s2attn.ops import antidiagonal
 from s2attn.selectors import calibrate
 from s2attn.selectors.planted import planted

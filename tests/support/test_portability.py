@@ -37,9 +37,7 @@ def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_compiler_is_asked() -> None:
     """In a process of its own: the interpreter of this one would take the compiler's place."""
-    code = (
-        "from tests.support import portability as p; p.OPERATIONS = ('store_kv',); print([one.result for one in p.compile_for('sm_75')])"
-    )
+    code = "from tests.support import portability as p; p.OPERATIONS = ('store_kv',); print([one.result for one in p.compile_for('sm_75')])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
     assert done.stdout.split("\n")[0] == "['compiles', 'no', 'compiles']"  # float16, bfloat16, float32

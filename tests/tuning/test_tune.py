@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import tune as tuning
 from s2attn.backends import Pages, Requests, Scoring
 from s2attn.backends.triton import Triton, table
 from s2attn.backends.triton.backend import triton_version
 from s2attn.backends.triton.table import Situation, file_name, read_table, tuned_tiles, write_table
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
-from benchmarks import tune as tuning
+from s2attn.schedule.cuts import LEAST_TOKENS
 from s2attn.tuning.candidates import candidates, check_density, compiled_ahead, fallback, refined, small_target, targets
 from s2attn.tuning.clock import Timing
 from s2attn.tuning.paged import Batch
 from s2attn.tuning.tune import check_results, overall, tune, tune_lines
 from s2attn.tuning.tune_session import TunePlan, run_tune, run_tune_plan
-from s2attn.schedule.cuts import LEAST_TOKENS
 
 SITUATION = Situation("forward", "bfloat16", 128, 128, 64, "medium")
 

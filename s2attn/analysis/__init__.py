@@ -1,0 +1,1 @@
+"""Judging a pattern: density, reach, pictures; and probing pretrained models."""

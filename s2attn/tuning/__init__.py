@@ -1,0 +1,1 @@
+"""Measuring kernels on this machine: problems, clocks, records, and the table of the fastest tiles."""
