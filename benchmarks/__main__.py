@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; 2 for what cannot be done."""
-    parser = _parser()
+    parser = command_parser()
     given = parser.parse_args(words)
     try:
         return given.command(given)
@@ -20,7 +20,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time attention against its peers.")
     commands = parser.add_subparsers(required=True)
     cpu = commands.add_parser("cpu", help="s2attn on this CPU against torch's dense attention and a compiled FlexAttention")

@@ -42,9 +42,10 @@ def report_page(records: Mapping[str, Record]) -> str:
     """The page as Markdown: what was measured on what, where we lose, and what of our targets is still unmeasured."""
     parts = [
         "# Performance",
-        "Made by `python -m benchmarks report` from the records in `benchmarks/records/`; a test compares it with them. A record is written by "
-        "the benchmark alone: random normal inputs, every result compared with float64 before it is timed, all peers in turn. An absolute "
-        "time holds on the machine that is named with it. *Efficiency* is the speed-up over the fastest dense attention of the same run, "
+        "Made by `python -m benchmarks report` from the records in `benchmarks/records/`; a test compares it with them. "
+        "A record is written by the benchmark alone: random normal inputs, every result compared with float64 before it is timed, "
+        "all peers in turn. An absolute time holds on the machine that is named with it. "
+        "*Efficiency* is the speed-up over the fastest dense attention of the same run, "
         "times density: 1 is ideal.",
     ]
     for name, record in records.items():

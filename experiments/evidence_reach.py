@@ -18,8 +18,8 @@ def reach_sections(records: Mapping[str, Record]) -> list[str]:
     if not records:
         return [*parts, "Nothing was measured yet; `python -m experiments reach` would do that."]
     parts.append(
-        "[`python -m experiments reach`](how-to/reach-study.md) computes which places a token can know through a model's layers, and compares that with "
-        "what trained models recall."
+        "[`python -m experiments reach`](how-to/reach-study.md) computes which places a token can know through a model's layers, and "
+        "compares that with what trained models recall."
     )
     for name, record in records.items():
         made = record["totals"]

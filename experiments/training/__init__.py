@@ -1,1 +1,1 @@
-"""`python -m experiments train`: a run from a configuration file: text, tokens, packed batches, devices, checkpoints, and the job that joins them."""
+"""`python -m experiments train`, a run from a file: text, tokens, packed batches, devices, checkpoints, and the job that joins them."""

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from benchmarks.__main__ import command_parser
 from benchmarks.session import SUITES
 from experiments.ablate_settings import AblateSettings
+from experiments.cli.app import app as experiments_app
 from experiments.evidence import evidence_page
 from s2attn import Local, PerHead, Power, Recipe, Stride, Window
 from s2attn.analysis.describe import Report, describe
@@ -69,7 +70,7 @@ def test_the_command_line_shows_the_experiment() -> None:
 
 @pytest.mark.parametrize("guideline", TRAINED.values(), ids=TRAINED)
 def test_every_ablation_that_is_named_compares_equal_pairs(guideline: Guideline) -> None:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*shlex.split(guideline.experiment)[1:], "--plan"])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(experiments_app, [*shlex.split(guideline.experiment)[3:], "--plan"])
     assert result.exit_code == 0, result.output
     settings = replace(AblateSettings.of("small"), recipes=guideline.recipes)
     assert all(one.within(settings.tolerance) for one in settings.matched()) and "dense" in guideline.recipes
@@ -78,12 +79,11 @@ def test_every_ablation_that_is_named_compares_equal_pairs(guideline: Guideline)
 @pytest.mark.parametrize("guideline", TIMED.values(), ids=TIMED)
 def test_every_benchmark_that_is_named_has_cases(guideline: Guideline) -> None:
     words = shlex.split(guideline.experiment)
-    assert words[:3] == ["s2attn", "bench", "run"]
-    command = typer.main.get_command(app).commands["bench"].commands["run"]
-    asked = command.make_context("run", words[3:]).params
-    assert asked["suites"]
-    for suite in asked["suites"]:
-        cases = [case for case in SUITES[suite](suite, asked["size"]) if asked["cases"] in case.name]
+    assert words[:3] == ["python", "-m", "benchmarks"]
+    asked = command_parser().parse_args(words[3:])
+    assert asked.suites
+    for suite in asked.suites:
+        cases = [case for case in SUITES[suite](suite, asked.size) if asked.cases in case.name]
         assert len(cases) > 1, "something to compare"
 
 

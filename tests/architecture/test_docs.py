@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import typer
 
+from benchmarks.__main__ import command_parser
+from experiments.cli.app import app as experiments_app
 from s2attn.cli.app import app
 from s2attn.patterns import PRESETS
 from s2attn.patterns.base import public_kinds
@@ -28,17 +31,31 @@ def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, command
 
 
-COMMANDS = list(commands(typer.main.get_command(app), "s2attn"))
+def benchmark_options() -> Iterator[tuple[str, list[str]]]:
+    """Every command of the benchmarks with its options; those of workers have no help."""
+    group = next(action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for choice in group._choices_actions:
+        actions = group.choices[choice.dest]._actions
+        yield f"python -m benchmarks {choice.dest}", [option for action in actions for option in action.option_strings]
 
 
-@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS])
-def test_every_command_and_option_is_on_its_page(name: str, command: Any) -> None:
+def options_of(command: Any) -> list[str]:
+    return [option for parameter in command.params for option in parameter.opts + parameter.secondary_opts]
+
+
+APPS = {"s2attn": app, "python -m experiments": experiments_app}
+COMMANDS = [(name, options_of(one)) for start, a in APPS.items() for name, one in commands(typer.main.get_command(a), start)]
+COMMANDS += benchmark_options()
+
+
+@pytest.mark.parametrize(("name", "options"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_every_command_and_option_is_on_its_page(name: str, options: list[str]) -> None:
     page = (ROOT / "docs/reference/cli.md").read_text()
     sections = {part.splitlines()[0]: part for part in page.split("\n## ")}
     heading = next((heading for heading in sections if heading.strip("`").startswith(name)), None)
     assert heading, f"docs/reference/cli.md has no section `{name}`"
-    options = [option for parameter in command.params for option in parameter.opts + parameter.secondary_opts if option.startswith("--")]
-    assert [option for option in options if option != "--help" and f"`{option}`" not in sections[heading]] == []
+    long = [option for option in options if option.startswith("--")]
+    assert [option for option in long if option != "--help" and f"`{option}`" not in sections[heading]] == []
 
 
 def test_every_pattern_and_preset_is_on_its_page() -> None:

@@ -13,8 +13,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from experiments.model import LanguageModel, ModelConfig
-from experiments.train import save_model
 from s2attn import Dense, Recipe, Sink, Window, compare
 from s2attn.cli.app import app
 
@@ -60,14 +58,6 @@ def test_suggest_writes_a_recipe(saved: Path) -> None:
     assert "1 of 2 can be sparse" in shown.stdout
     patterns = [Recipe.from_json(out.read_text()).pattern(layer) for layer in range(2)]
     assert sorted(map(repr, patterns)) == ["Dense()", "Sink(n=4) | Window(n=32)"]
-
-
-def test_a_model_of_the_demo_reads_bytes(tmp_path: Path) -> None:
-    save_model(LanguageModel(ModelConfig(layers=2)), tmp_path)
-    (tmp_path / "text.txt").write_text("a text of some length, " * 20)
-    shown = run("compare", tmp_path, "sink:4|window:64", "--text", tmp_path / "text.txt", "--length", "200")
-    assert shown.exit_code == 0, shown.output
-    assert "199 predictions" in shown.stdout
 
 
 def test_a_text_is_read_by_the_tokenizer_of_the_folder(saved: Path) -> None:

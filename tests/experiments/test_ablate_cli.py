@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from experiments.ablate_settings import AblateSettings
 from experiments.cli.ablate import settings_of
-from s2attn.cli.app import app
+from experiments.cli.app import app
 
 QUICK = ("ablate", "--size", "tiny", "--steps", "2", "--task-steps", "2", "--recipes", "dense,s2")
 

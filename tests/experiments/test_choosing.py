@@ -10,11 +10,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from experiments.choosing import calibrated, methods, planted_data, read_by
+from experiments.cli.app import app
 from experiments.model import LanguageModel, ModelConfig
 from experiments.recall import judge, recall
 from experiments.train import save_model
 from s2attn import XAttention, attention
-from s2attn.cli.app import app
 from s2attn.selectors.planted import planted
 
 

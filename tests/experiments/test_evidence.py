@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from experiments.ablate import Outcome
 from experiments.ablate_record import record_of
 from experiments.ablate_settings import AblateSettings, Scored
+from experiments.cli.app import app
 from experiments.evidence import committed_records, evidence_page, write_page
 from experiments.evidence_ablation import telling
 from experiments.evidence_found import Found
@@ -23,7 +24,6 @@ from experiments.model import LanguageModel
 from experiments.paired import Paired
 from experiments.tasks import Curriculum
 from experiments.train import TrainConfig
-from s2attn.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 TINY = AblateSettings.of("tiny")

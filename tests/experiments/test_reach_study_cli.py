@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from experiments.cli.app import app
 from experiments.cli.reach import settings_of
 from experiments.reach_study_settings import ReachSettings
-from s2attn.cli.app import app
 
 QUICK = ("reach", "--size", "tiny", "--steps", "2", "--patterns", "window,s2")
 

@@ -1,4 +1,4 @@
-"""`python -m experiments train`: the same losses after a kill, on two processes, compiled or recomputed; and nothing lost when something goes wrong."""
+"""`experiments train`: the same losses after a kill, on two processes, compiled or recomputed; nothing lost when something fails."""
 
 from __future__ import annotations
 

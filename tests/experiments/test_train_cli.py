@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from s2attn.cli.app import app
+from experiments.cli.app import app
 
 CONFIG = """
 [data]
