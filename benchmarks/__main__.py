@@ -68,8 +68,8 @@ def _cpu(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
+    from benchmarks.record_tables import record_text
     from benchmarks.session import plan_of, run_plan
-    from benchmarks.tables import record_text
 
     names = ("suites", "size", "peers", "peer_path", "backend", "limit", "cases", "out", "seed", "commit")
     # Told to end, end the watched process, too.

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.flex import mask_function, torch_flex
-from benchmarks.peers import NO_CUDA, sdpa_context
+from benchmarks.peer import NO_CUDA
+from benchmarks.peers import sdpa_context
 from s2attn.ops.decode import decode
 from s2attn.patterns import Dense, Head, Pattern, Shape
 from s2attn.tuning.cases import AttentionCase

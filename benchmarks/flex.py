@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import NO_CUDA, Attend, Peer, Prepared, case_layout, listed_pairs
+from benchmarks.peer import NO_CUDA, Attend, Peer, Prepared, case_layout, listed_pairs
 from s2attn.layout import Layout, to_block_mask
 from s2attn.patterns import And, Dense, Head, Local, Or, Pattern, PerHead, Power, Random, Shape, Sink, Stride, Window
 from s2attn.tuning.cases import AttentionCase

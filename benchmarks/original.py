@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import NO_CUDA, Peer, Prepared, case_layout, listed_pairs
+from benchmarks.peer import NO_CUDA, Peer, Prepared, case_layout, listed_pairs
 from s2attn.layout import Layout
 from s2attn.layout.entries import entries_of
 from s2attn.tuning.cases import AttentionCase

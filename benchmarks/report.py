@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving_tables import TABLES
+from benchmarks.record_tables import TABLES
 from benchmarks.tables import by_case, dense_peer, duration, head_of, notes, peer_names, reasons, size
 from benchmarks.targets import TARGETS, Found
 from s2attn.tuning.journal import read_record

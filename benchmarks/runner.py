@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.decoding import decode_peers, run_decode_case
 from benchmarks.estimating import HyperCase, run_hyper_case
 from benchmarks.inference import InferenceCase, inference_peers, run_inference_case
-from benchmarks.peers import CPU_PEERS, Peer, Prepared, S2Attn, make_peers
+from benchmarks.peer import Peer, Prepared
+from benchmarks.peers import CPU_PEERS, S2Attn, make_peers
 from benchmarks.selecting import SelectCase, beside_dense, run_select_case
 from benchmarks.stack import StackCase
 from benchmarks.stacks import run_stack_case, stack_peers

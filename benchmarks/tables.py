@@ -83,22 +83,6 @@ def head_of(record: Mapping[str, Any]) -> str:
     return f"{record['suite']} on {where} ({', '.join(parts)}){ended}"
 
 
-def record_text(record: Mapping[str, Any]) -> str:
-    """A record as text: what it ran on, the table, and what is missing."""
-    more = [f"without a number: {reason}" for reason in reasons(record["rows"])] + [f"note: {note}" for note in notes(record["rows"])]
-    return "\n".join([head_of(record), *(plain(table) for table in tables_of(record["rows"])), *more])
-
-
-def tables_of(rows: Sequence[Row]) -> list[Lines]:
-    """A table for each kind of op that has columns of its own, behind one for all others."""
-    from benchmarks.serving_tables import TABLES
-
-    own = {op: [row for row in rows if row["op"] == op] for op in TABLES}
-    rest = [row for row in rows if row["op"] not in TABLES]
-    made = [short_table(rest)] if rest or not rows else []
-    return [*made, *(TABLES[op](found) for op, found in own.items() if found)]
-
-
 def plain(lines: Sequence[Sequence[str]]) -> str:
     """Columns in line, the first to the left, the others to the right.
 

@@ -11,10 +11,10 @@ import torch
 from benchmarks import decoding
 from benchmarks.compared import compare_text
 from benchmarks.decoding import DecodeOracle, WholeFlex, run_decode_case
+from benchmarks.record_tables import record_text
 from benchmarks.report import report_page
 from benchmarks.runner import run_suite
 from benchmarks.session import Plan
-from benchmarks.tables import record_text
 from s2attn import Dense, Local, Stride
 from s2attn.patterns import Head, Shape, Window
 from s2attn.tuning.clock import Meter

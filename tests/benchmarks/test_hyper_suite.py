@@ -11,9 +11,9 @@ import torch
 from benchmarks import estimating
 from benchmarks.compared import compare_text
 from benchmarks.estimating import Estimating, HyperCase, Stopwatch, hyper_suite, run_hyper_case
+from benchmarks.record_tables import record_text
 from benchmarks.report import report_page, targets_table
 from benchmarks.runner import run_suite
-from benchmarks.tables import record_text
 from s2attn.ops import attention
 from s2attn.selectors import hyper, hyper_attention
 from s2attn.selectors.stages import HYPER_STAGES, heard_by, stage

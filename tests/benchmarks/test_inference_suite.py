@@ -12,10 +12,10 @@ import torch
 from benchmarks import inference
 from benchmarks.compared import compare_text
 from benchmarks.inference import InferenceCase, Serving, inference_suite
+from benchmarks.record_tables import record_text
 from benchmarks.report import report_page
 from benchmarks.runner import run_suite
 from benchmarks.stacks import OURS, SDPA, DenseStack
-from benchmarks.tables import record_text
 from s2attn import Dense
 from s2attn.cache import CacheFull
 from s2attn.patterns import Recipe

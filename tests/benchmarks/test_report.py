@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.compared import compare_text, speedup_chart, speedups
+from benchmarks.record_tables import record_text
 from benchmarks.report import committed_records, losing, report_page, targets_table
-from benchmarks.tables import record_text
 from benchmarks.targets import TARGETS
 from s2attn.tuning.journal import write_record
 

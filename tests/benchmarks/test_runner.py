@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.flex import Flex, mask_function
-from benchmarks.peers import Peer, Prepared, S2Attn, Sdpa
+from benchmarks.peer import Peer, Prepared
+from benchmarks.peers import S2Attn, Sdpa
 from benchmarks.runner import Effort, run_case, run_layout_case, run_suite, write_record
 from s2attn import Dense, Local, LongNet, Pattern, Power, Sink, Stride, Window
 from s2attn.patterns import Head, Shape

@@ -10,11 +10,10 @@ import torch
 
 from benchmarks import selecting
 from benchmarks.compared import compare_text
+from benchmarks.record_tables import crossovers, record_text
 from benchmarks.report import report_page, targets_table
 from benchmarks.runner import run_suite
 from benchmarks.selecting import Selecting, SelectOracle, run_select_case, select_suite
-from benchmarks.serving_tables import crossovers
-from benchmarks.tables import record_text
 from experiments.recall import recall
 from s2attn.selectors import Call, MassSelector, MeanPool, XAttention
 from s2attn.tuning.clock import Meter

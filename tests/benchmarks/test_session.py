@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import Peer, Prepared, Sdpa
+from benchmarks.peer import Peer, Prepared
+from benchmarks.peers import Sdpa
 from benchmarks.runner import run_case, run_suite
 from benchmarks.session import Plan, _finished, plan_of, run_plan, work
 from benchmarks.suites import attention_suite

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.flex import choices, mask_from, mask_function
 from benchmarks.original import block_table, load_original
-from benchmarks.peers import CUDA_PEERS, Sdpa, case_layout, listed_pairs, make_peers
+from benchmarks.peer import case_layout, listed_pairs
+from benchmarks.peers import CUDA_PEERS, Sdpa, make_peers
 from benchmarks.runner import run_case, run_suite
 from benchmarks.stack import Stack, StackCase
 from benchmarks.stacks import DenseStack, Measuring, Ours, PagedStack, stack_peers, stack_suite

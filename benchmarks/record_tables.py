@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.tables import by_case, dense_peer, duration, head_of, notes, peer_names, plain, reasons, short_table, size
 from s2attn.selectors.stages import HYPER_STAGES
 from s2attn.tuning.cases import tokens
 
@@ -15,8 +16,6 @@ Lines = list[list[str]]
 
 def decode_lines(rows: Sequence[Row]) -> Lines:
     """Heading and one line per case of `decode`: what is listed, every peer's median, and how near ours comes to a copy's rate."""
-    from benchmarks.tables import by_case, dense_peer, duration, peer_names, size
-
     names = peer_names(rows)
     more = ["GB/s", "of a copy", "x dense", "efficiency", "ragged / uniform", "new lengths", "host", "timed by", "error"]
     lines = [["case", "density", "listed", *names, *more]]
@@ -42,8 +41,6 @@ def decode_lines(rows: Sequence[Row]) -> Lines:
 
 def inference_lines(rows: Sequence[Row]) -> Lines:
     """Heading and one line per case and way to serve of `inference`: both phases, memory, and the largest batch."""
-    from benchmarks.tables import by_case, duration, size
-
     more = ["cache", "of dense", "peak memory", "set-up", "largest batch", "with it", "error"]
     lines = [["case", "attention", "density", "prefill", "tokens/s", "decode", "tokens/s", "both", "s2attn over it", *more]]
     for case, peers in by_case(rows).items():
@@ -68,8 +65,6 @@ def inference_lines(rows: Sequence[Row]) -> Lines:
 
 def select_lines(rows: Sequence[Row]) -> Lines:
     """Heading and one line per case of `select`: the three parts, the whole beside dense attention and its roofline, and what was kept."""
-    from benchmarks.tables import by_case, dense_peer, duration, peer_names
-
     names, reached = [name for name in peer_names(rows) if name != "s2attn"], crossovers(rows)
     more = ["x dense", "roofline", "of it", "choosing / product", "mass kept", "least", "most", "faster from", "error"]
     lines = [["case", "density", "score", "select", "attention", "s2attn", *names, *more]]
@@ -121,8 +116,6 @@ def crossover(points: Sequence[tuple[int, float]]) -> str:
 
 def hyper_lines(rows: Sequence[Row]) -> Lines:
     """Heading and one line per case of `hyper`: its stages, the whole beside dense attention, and how far the estimate is from it."""
-    from benchmarks.tables import by_case, dense_peer, duration, peer_names, size
-
     names, stages = [name for name in peer_names(rows) if name != "s2attn"], (*HYPER_STAGES, "other", "backward")
     lines = [["case", "density", *stages, "s2attn", *names, "x dense", "from dense", "peak memory", "of dense", "error"]]
     for case, peers in by_case(rows).items():
@@ -148,3 +141,17 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "hyper": hyper_lines,
 }
 """By op."""
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record as text: what it ran on, the table, and what is missing."""
+    more = [f"without a number: {reason}" for reason in reasons(record["rows"])] + [f"note: {note}" for note in notes(record["rows"])]
+    return "\n".join([head_of(record), *(plain(table) for table in tables_of(record["rows"])), *more])
+
+
+def tables_of(rows: Sequence[Row]) -> list[Lines]:
+    """A table for each kind of op that has columns of its own, behind one for all others."""
+    own = {op: [row for row in rows if row["op"] == op] for op in TABLES}
+    rest = [row for row in rows if row["op"] not in TABLES]
+    made = [short_table(rest)] if rest or not rows else []
+    return [*made, *(TABLES[op](found) for op, found in own.items() if found)]
