@@ -95,7 +95,7 @@ __all__ = [
 _LAZY = {
     "Comparison": "s2attn.analysis.compare",
     "HostedCache": "s2attn.cache.hosted",
-    "Report": "s2attn.analysis.describe",
+    "Report": "s2attn.analysis.report",
     "Sampling": "s2attn.nn.sampling",
     "Shards": "s2attn.distributed.shards",
     "SparseCache": "s2attn.cache.sparse",

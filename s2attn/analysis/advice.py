@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from s2attn.analysis.cover import cover_of, last_row
-from s2attn.analysis.describe import Report
 from s2attn.analysis.guidelines import GUIDELINES, Advice
+from s2attn.analysis.report import Report
 from s2attn.analysis.stack import Key, Lists, Stack
 
 _UNEVEN = 1.5

@@ -4,153 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from s2attn.analysis import density as _density
-from s2attn.analysis.context import ContextReport, describe_context
-from s2attn.analysis.cover import Cover, cover_of, last_row, least_group_row
+from s2attn.analysis.advice import advice_of, warnings_of
+from s2attn.analysis.context import describe_context
+from s2attn.analysis.cover import cover_of, last_row, least_group_row
 from s2attn.analysis.density import BACKWARD, Listed
-from s2attn.analysis.efficiency import CounterExample, cache_horizon, cached_tokens, counter_example
-from s2attn.analysis.guidelines import Advice
-from s2attn.analysis.reach import Reach, reach_of
+from s2attn.analysis.efficiency import cache_horizon, cached_tokens, counter_example
+from s2attn.analysis.reach import reach_of
+from s2attn.analysis.report import LayerReport, Report
 from s2attn.analysis.stack import Key, Stack, stack_of
 from s2attn.core import bad_value, check_int
 from s2attn.layout import Layout
 from s2attn.patterns import Pattern, Recipe
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """The figures of one layer; those of `Report` with the same names, for this layer alone.
-
-    Attributes:
-        group_density: blocks that the query heads of a KV head read together over dense blocks, the mean over KV heads.
-        cover: what all heads of the layer read together for the last query block.
-        group_cover: what the KV head that reads the least reads for it, its query heads together.
-    """
-
-    layer: int
-    density: float
-    density_square: float
-    block_density: float
-    group_density: float
-    listed: Listed
-    flops_forward: int
-    flops_backward: int
-    kv_bytes: int
-    layout_bytes: int
-    tile_bytes: int
-    cache_bytes: int | None
-    counter_example: CounterExample | None
-    cover: Cover
-    group_cover: Cover
-
-    @property
-    def dense(self) -> bool:
-        """Every pair that dense attention has is allowed."""
-        return self.density == 1.0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `describe` found; ``str(report)`` is readable text and ``report.to_dict()`` plain JSON values.
-
-    Figures are for one sequence (batch 1) and all described layers together, unless said otherwise.
-
-    Attributes:
-        pattern: the pattern, recipe or layout as its repr.
-        num_heads, num_kv_heads, seqlen, block, causal, layers, first_layer, head_dim, dtype_bytes: what was asked.
-        density: allowed (query, key) pairs over those of dense attention under the same causality (the *causal triangle*), the mean
-            over query heads and layers.
-        density_square: allowed pairs over the full square ``seqlen * seqlen``; what some papers call density.
-        block_density: listed blocks over those of dense attention; what a kernel's time follows.
-        group_density: the same for the blocks that a KV head's query heads read together; what the K/V traffic of decoding follows.
-        ideal_speedup: 1 / density: over dense attention under the same causality, were time proportional to pairs.
-        listed: listed blocks per query head, over the heads of all layers.
-        imbalance: the busiest head over the mean of its layer, in the layer where that is worst.
-        flops_forward, flops_backward: matrix products of attention, ``4 * head_dim`` per pair, and 2.5 times that.
-        dense_flops_forward: the same of dense attention under the same causality.
-        kv_bytes: bytes of K and V that are read at least once.
-        layout_bytes: bytes of the block lists with their mask tiles; ``tile_bytes`` the tiles alone, which stand in for a mask of
-            ``mask_bytes`` (seqlen x seqlen bools, a layer).
-        cache_bytes: bytes of K and V that a server keeps after eviction at ``seqlen``: blocks that the query at ``seqlen - 1`` or a later
-            one reads; for heads that are not KV-efficient, one of the next ``cache_horizon`` tokens. None where there is no such
-            thing (not causal) or it cannot be known (a layout ends at its last token). ``dense_cache_bytes``: all of K and V.
-        kv_efficient: a block that is left out by a query block of a KV head is not read by a later one, in any layer; None when not causal.
-        counter_example: the first one when it is not.
-        cover: what all heads of all layers together read for the last query block.
-        complete_after: so many layers cover every earlier block; None when all of them do not.
-        reach: what the last block sees through 1, 2, ... layers.
-        per_layer: the figures layer by layer.
-        context: what context parallelism moves on ``ranks`` ranks; None where it was not asked for.
-        warnings: what is likely to be a mistake.
-        advice: S2-Attention's guidelines (arXiv:2407.17678, section 3) that are not followed, each with the experiment that puts it to
-            the test. Each sentence stands only where it is true.
-    """
-
-    pattern: str
-    num_heads: int
-    num_kv_heads: int
-    seqlen: int
-    block: int
-    causal: bool
-    layers: int
-    first_layer: int
-    head_dim: int
-    dtype_bytes: int
-    density: float
-    density_square: float
-    block_density: float
-    group_density: float
-    ideal_speedup: float
-    listed: Listed
-    imbalance: float
-    flops_forward: int
-    flops_backward: int
-    dense_flops_forward: int
-    kv_bytes: int
-    layout_bytes: int
-    tile_bytes: int
-    mask_bytes: int
-    cache_bytes: int | None
-    dense_cache_bytes: int
-    cache_horizon: int
-    kv_efficient: bool | None
-    counter_example: CounterExample | None
-    cover: Cover
-    complete_after: int | None
-    reach: Reach
-    per_layer: tuple[LayerReport, ...]
-    warnings: tuple[str, ...] = ()
-    advice: tuple[Advice, ...] = ()
-    context: ContextReport | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Heads and layers together read everything."""
-        return self.cover.complete
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures as plain JSON values; what is not finite is None."""
-        values = _plain(dataclasses.asdict(self))
-        values["complete"] = self.complete
-        return values
-
-    def __str__(self) -> str:
-        from s2attn.analysis.text import report_text
-
-        return report_text(self)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(
@@ -198,8 +67,6 @@ def describe(
             first[keys] = _layer_report(stack, number, head_dim, token_bytes)
     per_layer = tuple(_renumbered(first[keys], stack.first_layer + number) for number, keys in enumerate(stack.layers))
     report = _report(stack, repr(pattern), head_dim, dtype_bytes, per_layer)
-    from s2attn.analysis.advice import advice_of, warnings_of
-
     context = None
     if ranks is not None:
         if isinstance(pattern, Layout):

@@ -10,7 +10,8 @@ from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
-from s2attn.analysis.describe import Report, describe
+from s2attn.analysis.describe import describe
+from s2attn.analysis.report import Report
 from s2attn.analysis.words import read_what
 from s2attn.cli.screen import console, table
 from s2attn.layout import build_layout

@@ -17,8 +17,9 @@ from experiments.ablate_settings import AblateSettings
 from experiments.cli.app import app as experiments_app
 from experiments.evidence import evidence_page
 from s2attn import Local, PerHead, Power, Recipe, Stride, Window
-from s2attn.analysis.describe import Report, describe
+from s2attn.analysis.describe import describe
 from s2attn.analysis.guidelines import GUIDELINES, Guideline, anchor
+from s2attn.analysis.report import Report
 from s2attn.cli.app import app
 from s2attn.patterns import Dense
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import s2attn
-from s2attn.analysis.describe import Report, describe
+from s2attn.analysis.describe import describe
+from s2attn.analysis.report import Report
 from s2attn.layout import build_layout
 from s2attn.patterns import Blocks, ByRange, Dense, Local, LongNet, PerHead, Power, Random, Recipe, Sink, Stride, Window, preset
 
