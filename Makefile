@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest constraints test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize compile-matrix lint docs format clean
+.PHONY: help demo check test test-newest constraints test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize compile-matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -32,6 +32,8 @@ WITHOUT_CUDA = | grep -v -e '^nvidia-' -e '^cuda-'
 OLDEST := .venv-transformers-oldest
 OLDEST_TRANSFORMERS := transformers==4.56.2
 OLDEST_TESTS := $(addprefix tests/integrations/transformers/test_,families.py masks.py model.py rows.py)
+# What `make check` runs.
+CHECKED := s2attn $(addprefix tests/,analysis architecture backends cache cli layout nn ops patterns schedule selectors tuning)
 # One torch thread per worker: workers that share cores must not fight for them.
 WORKERS ?= auto
 # Where what was measured or checked is left.
@@ -46,6 +48,7 @@ comma := ,
 help:
 	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
+	@echo "make check   lint and the tests of the rooms, for the inner loop (under three minutes)"
 	@echo "make test-newest     the same suite on the newest releases; deprecations of other packages are listed, not fatal"
 	@echo "make constraints     refresh the pinned versions in constraints/"
 	@echo "make test-vllm       tests of the vLLM backend with real engines, in an environment of its own; ARGS goes to pytest"
@@ -65,6 +68,10 @@ demo: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
+
+# Lint and the tests of the rooms: no compile gates, engines, hosts, processes or trainings.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(CHECKED) $(ARGS)
 
 # Deprecations of other packages are listed at the end; every other warning is an error, as in `make test`.
 test-newest: $(NEWEST)/.ready

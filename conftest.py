@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -33,3 +34,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in absent]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Report the files that take the longest, over all workers: where a suite that grew slow has to be mended."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    slowest = [(name, total) for name, total in seconds.most_common(10) if total >= 5.0]
+    if slowest:
+        terminalreporter.section("slowest files", sep="-")
+        for name, total in slowest:
+            terminalreporter.write_line(f"{total:7.1f} s  {name}")
