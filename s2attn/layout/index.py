@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2attn.core import bad_value
+
+MOST_TOKENS = 2**31 - 1
+"""Tokens of queries, or of keys, in a layout."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
@@ -92,6 +97,17 @@ class Spans:
         """Tokens on this axis."""
         return int(self.start[-1] + self.length[-1]) if len(self) else 0
 
+    def sequences(self) -> list[int]:
+        """Tokens of each sequence, up to the last one that has any; waits for the device."""
+        if not len(self):
+            return []
+        seq, length = self.seq.long().cpu(), self.length.long().cpu()
+        return torch.zeros(int(seq[-1]) + 1, dtype=torch.int64).index_add_(0, seq, length).tolist()
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.start.element_size() * len(self)
+
     def tensors(self) -> list[Tensor]:
         return [self.start, self.length, self.seq, self.pos]
 
@@ -106,6 +122,8 @@ def spans_of(lengths: Sequence[int], block: int, offsets: Sequence[int] | None =
     >>> s.start.tolist(), s.length.tolist(), s.seq.tolist(), s.pos.tolist()
     ([0, 64, 100], [64, 36, 64], [0, 0, 2], [0, 64, 0])
     """
+    if sum(lengths) > MOST_TOKENS:
+        raise bad_value("lengths", f"must have at most {MOST_TOKENS} tokens in all, since a layout counts in int32", sum(lengths))
     length = np.asarray(lengths, dtype=np.int64)
     blocks = -(-length // block)
     seq = np.repeat(np.arange(len(length)), blocks)

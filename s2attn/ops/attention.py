@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
-from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import check_cu_seqlens, check_heads, check_layout, check_scale, check_sinks, check_softcap, check_tensors
-from s2attn.ops.register import attention_op
+from s2attn.layout import HeadRange, Layout, pattern_hint
+from s2attn.ops.checks import (
+    autocast,
+    check_cu_seqlens,
+    check_heads,
+    check_layout,
+    check_scale,
+    check_sinks,
+    check_softcap,
+    check_tensors,
+    own_lengths,
+    warn_swapped,
+)
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
-from s2attn.patterns import Pattern, Recipe
+from s2attn.ops.transforms import call_attention
+from s2attn.patterns import Pattern
 
 
 def attention(
@@ -22,7 +33,7 @@ def attention(
     v: Tensor,
     pattern: Pattern | Layout | Selector,
     *,
-    causal: bool = True,
+    causal: bool | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -42,15 +53,19 @@ def attention(
 
     Args:
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides. All of q, k, v may be DTensors that are cut by heads or by batch.
+            They have one dtype; under autocast they are cast first, as for torch's own attention. Tensors in the order of
+            torch's scaled_dot_product_attention, ``(B, H, T, D)``, are passed as ``q.transpose(1, 2)``; what looks like them
+            gives a warning.
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
         pattern: which keys are seen: a `Pattern`; a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply); or a
             selector such as `XAttention`, which chooses for every sample of the batch (``block``, ``heads`` then do not apply).
-        causal: cut keys after the query.
+        causal: cut keys after the query, True by default. A `Layout` is causal or not by itself: what is given must say the same.
         scale: factor on q.k; ``D ** -0.5`` by default.
         softcap: bound on logits: ``x = scale * q.k`` becomes ``softcap * tanh(x / softcap)``, before the mask (as in Gemma 2).
         sinks: ``(H,)``, any floating dtype: one logit for each query head, which joins the softmax denominator and has no value (as in
             gpt-oss). Not the pattern `Sink`. When partial results are going to be merged, give the sinks to exactly one part.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences, on any device. Every call
+            reads them, since memory may change unseen: on a GPU it waits for the device, so give them on the CPU.
         return_lse: return ``(out, lse)``.
         block: tokens per block of the layout that is built from a pattern; by default the pattern's finest grid, at most 128, or 64.
         layer: number of the layer, for patterns that differ by layer.
@@ -63,20 +78,25 @@ def attention(
 
     Raises:
         ValueError, TypeError: a bad argument, named with its rule, before any work.
-        Unsupported: no backend, or not the named one, can serve the call; with every reason.
+        Unsupported: no backend, or not the named one, can serve the call; with every reason. Also a second derivative, and forward-mode
+            AD (`torch.func.jvp`); `torch.func.grad`, `vjp` and `vmap` have rules.
 
     >>> import torch, s2attn
     >>> q, k, v = (torch.randn(1, 256, heads, 32) for heads in (4, 2, 2))
     >>> s2attn.attention(q, k, v, s2attn.Sink(4) | s2attn.Window(64)).shape
     torch.Size([1, 256, 4, 32])
     """
-    given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    given = own_lengths(check_cu_seqlens(cu_seqlens_q, cu_seqlens_k))
     packed = bool(given)
     check_tensors(q, k, v, packed)
+    if causal is not None and not isinstance(causal, bool):
+        raise bad_kind("causal", "must be True, False or None", causal)
     scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     check_sinks(sinks, q)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
+    if not torch.compiler.is_compiling():
+        warn_swapped(q, k, packed)
     q, k, v = autocast(q, k, v)
     sharded = _sharded(q, k, v)
     if sharded is not None:
@@ -85,16 +105,17 @@ def attention(
     if isinstance(pattern, Selector):
         if block is not None or heads is not None:
             raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
-        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
-        layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        cut: Any = {"causal": causal is not False, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
+        cu_q, cu_k = given or (None, None)
+        layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         source, index = layout_text(layout), layout.tensors()
     elif layout is not None:
         if block is not None or layer or heads is not None:
             raise bad_value("block, layer and heads", "must be left out when a Layout is given", (block, layer, heads))
         check_layout(layout, q, k, causal, packed)
-        source, index = layout_text(layout), layout.tensors()
+        source, index = layout_text(layout), layout.tensors() + given
     else:
-        source, index = _pattern_source(pattern, block, causal, layer, heads, q), given
+        source, index = _pattern_source(pattern, block, causal is not False, layer, heads, q), given
     batch = q.shape[0]
     joined = layout is not None and layout.packed and not packed  # samples that differ in their blocks run as sequences of one call
     if joined:
@@ -103,9 +124,10 @@ def attention(
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if sharded is not None:
         source, index = sharded.call(source, index, q, k)
-    out, lse = attention_op(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    if isinstance(pattern, Selector) and out.grad_fn is not None:
-        out.grad_fn.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
+    out, lse = call_attention(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
+    node: Any = out.grad_fn
+    if isinstance(pattern, Selector) and node is not None:
+        node.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
     if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)
     if joined:
@@ -124,18 +146,8 @@ def _sharded(*tensors: Tensor) -> Any:
 
 def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, heads: HeadRange | None, q: Tensor) -> str:
     if not isinstance(pattern, Pattern):
-        hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
-        raise bad_kind("pattern", f"must be a Pattern, a Layout or a selector{hint}", pattern)
+        raise bad_kind("pattern", f"must be a Pattern, a Layout or a selector{pattern_hint(pattern)}", pattern)
     if block is not None:
         check_block("block", block)
     check_heads(heads, q)
     return pattern_text(pattern, block, bool(causal), check_int("layer", layer, 0), heads)
-
-
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast attention runs in the autocast dtype, as torch's own does; float64 is left alone."""
-    device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)

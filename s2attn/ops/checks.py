@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_kind, bad_value
+from s2attn.backends.checks import is_captured
+from s2attn.core import Unsupported, bad_kind, bad_value
 from s2attn.layout import HeadRange, Layout
+
+MANY_HEADS = 64
+"""So many KV heads, of fewer keys each, are rather the tokens of tensors with swapped axes."""
+
+
+def is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor: it casts floating point tensors, but leaves float64."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return False
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return enabled and tensor.dtype != torch.float64
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast runs attention on a tensor; its own dtype where it is not cast."""
+    return torch.get_autocast_dtype(tensor.device.type) if is_cast(tensor) else tensor.dtype
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype in which autocast runs attention."""
+    return tuple(tensor.to(autocast_dtype(tensor)) for tensor in tensors)
+
+
+def autocast_to_pages(new: Tensor, *pages: Tensor) -> Tensor:
+    """Under autocast, queries, keys or values in the dtype of the pages that they meet.
+
+    Casting the pages instead would copy the whole cache. float8 pages meet any dtype.
+    """
+    wide = [x.dtype for x in pages if isinstance(x, Tensor) and x.dtype != torch.float8_e4m3fn]
+    return new.to(wide[0]) if is_cast(new) and wide and wide[0].is_floating_point else new
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    """Kinds, dtypes, devices and shapes of q, k, v.
+    """Kinds, dtypes, devices and shapes of q, k, v; under autocast the dtypes after its cast.
 
     Raises:
         TypeError: not a tensor, not floating point, or dtypes that differ.
@@ -26,7 +59,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             raise bad_value(name, f"must have shape {axes}", tuple(tensor.shape))
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating point dtype; got {tensor.dtype}")
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != q.dtype and autocast_dtype(tensor) != autocast_dtype(q):
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}; got {tensor.dtype}")
         if tensor.device != q.device:
             raise bad_value(name, f"must lie on the device of q, {q.device}", tensor.device)
@@ -37,7 +70,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     if q.shape[-1] != k.shape[-1] or not q.shape[-1] or not v.shape[-1]:
         raise bad_value("k", f"must have the head_dim of q, {q.shape[-1]}, and no head_dim may be 0", (k.shape[-1], v.shape[-1]))
     if not q.shape[-2] or not k.shape[-2] or q.shape[-2] % k.shape[-2]:
-        raise bad_value("q", f"must have a multiple of the {k.shape[-2]} heads of k", q.shape[-2])
+        raise bad_value("q", f"must have a multiple of the {k.shape[-2]} heads of k{_order_hint(packed)}", q.shape[-2])
+
+
+def _order_hint(packed: bool) -> str:
+    """How tensors in the order of torch's scaled_dot_product_attention are passed."""
+    return "" if packed else "; shapes are (batch, seq, heads, head_dim): pass (batch, heads, seq, head_dim) as x.transpose(1, 2)"
+
+
+def warn_swapped(q: Tensor, k: Tensor, packed: bool) -> None:
+    """Warn of tensors that look like ``(B, H, T, D)``: at least `MANY_HEADS` KV heads, and fewer tokens than heads in q and in k.
+
+    One new token over a long cache has many keys, and a short prompt few KV heads: neither is warned of.
+    """
+    if packed or k.shape[2] < MANY_HEADS or k.shape[1] >= k.shape[2] or q.shape[1] >= q.shape[2]:
+        return
+    came = f"{q.shape[1]} queries of {q.shape[2]} heads and {k.shape[1]} keys of {k.shape[2]} heads"
+    warnings.warn(f"q and k look swapped, with {came}{_order_hint(packed)}", UserWarning, stacklevel=3)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -46,7 +95,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise bad_kind("scale", "must be a number", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # compilers follow comparisons of a dynamic size, not isfinite
         raise bad_value("scale", "must be finite", scale)
     return float(scale)
 
@@ -57,7 +106,7 @@ def check_softcap(softcap: float | None) -> float | None:
         return None
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
         raise bad_kind("softcap", "must be a number or None", softcap)
-    if not math.isfinite(softcap) or softcap <= 0:
+    if not 0 < softcap < math.inf:
         raise bad_value("softcap", "must be positive and finite", softcap)
     return float(softcap)
 
@@ -105,7 +154,25 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -
     return [cu_seqlens_q, cu_seqlens_k]
 
 
-def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: bool) -> None:
+def own_lengths(given: list[Tensor]) -> list[Tensor]:
+    """Copies of cumulative lengths on the CPU, which no one else writes to: forward and backward read the same numbers.
+
+    Whether memory has changed cannot be known without reading it: torch does not see writes of NumPy, other processes, other
+    libraries and CUDA graphs. So nothing that was read in an earlier call is used again.
+
+    Raises:
+        Unsupported: lengths on a GPU while work is captured into a CUDA graph.
+    """
+    if not given:
+        return given
+    if not torch.compiler.is_compiling() and is_captured(*given):
+        why = "cu_seqlens lie on the GPU, and a stream that is being captured cannot wait for them: give them on the CPU"
+        raise Unsupported("packed sequences cannot be captured into a CUDA graph", {"attention": [why]})
+    first = given[0].detach().to("cpu", copy=True)
+    return [first, first if given[1] is given[0] else given[1].detach().to("cpu", copy=True)]
+
+
+def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool | None, packed: bool) -> None:
     """An explicit layout against the call: lengths, heads, device, causality, packing."""
     seq = 0 if packed else 1
     if layout.packed != packed:
@@ -117,8 +184,9 @@ def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: boo
         came = f"({layout.seqlen_q}, {layout.seqlen_k})"
         raise bad_value("layout", f"must have the lengths of q and k, ({q.shape[seq]}, {k.shape[seq]})", came)
     check_layout_place(layout, q)
-    if causal and not layout.causal:
-        raise bad_value("layout", "must be causal, or causal=False be passed", "a layout that lists keys after their query")
+    if causal is not None and causal != layout.causal:
+        rule = f"must be left out or {layout.causal}, as the layout is: it was built so"
+        raise bad_value("causal", rule, causal)
 
 
 def check_layout_place(layout: Layout, q: Tensor) -> None:

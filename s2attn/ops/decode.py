@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import check_heads, check_layout_place, check_scale, check_sinks, check_softcap
+from s2attn.layout import HeadRange, Layout, pattern_hint
+from s2attn.ops.checks import autocast_to_pages, check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
-from s2attn.patterns import Pattern, Recipe
+from s2attn.ops.transforms import refuse_transforms
+from s2attn.patterns import Pattern
 
 
 def decode(
@@ -76,6 +77,7 @@ def decode(
     >>> s2attn.decode(q, k_pages, v_pages, s2attn.Window(64), block_table=table, seq_lens=torch.tensor([150])).shape
     torch.Size([1, 1, 8, 32])
     """
+    q = autocast_to_pages(q, k_pages, v_pages)
     check_paged_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
     check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)
     for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -86,6 +88,7 @@ def decode(
         raise bad_kind("backend", "must be a string", backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_pages, v_pages, sinks)):
         raise Unsupported("decode has no gradient", {"autograd": ["call it under torch.no_grad(), or train with s2attn.attention"]})
+    refuse_transforms("decode", q, k_pages, v_pages, sinks)
     source, index = _source(pattern, q, k_pages, layer, heads)
     flat = q.unsqueeze(0) if cu_seqlens_q is not None else q.reshape(1, -1, *q.shape[2:])
     scales, how = (k_scale, v_scale), (backend, bool(validate), bool(batch_invariant))
@@ -112,7 +115,7 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
         check_layout_place(pattern, q)
         return layout_text(pattern), pattern.tensors()
     if not isinstance(pattern, Pattern):
-        hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
+        hint = pattern_hint(pattern)
         if isinstance(pattern, Selector):
             hint = "; a selector has no pages to look at (PageBounds.pages chooses pages, for the pattern Dense)"
         raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)

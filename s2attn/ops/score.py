@@ -14,7 +14,8 @@ from torch import Tensor
 from s2attn.backends import Reduction, pick_mass
 from s2attn.backends.checks import exact_arithmetic
 from s2attn.core import bad_kind, bad_value, check_block, check_int
-from s2attn.ops.checks import check_scale, check_softcap, check_tensors
+from s2attn.ops.checks import autocast, check_scale, check_softcap, check_tensors
+from s2attn.ops.transforms import refuse_transforms
 
 _library = torch.library.Library("s2attn", "FRAGMENT")
 _library.define("antidiagonal(Tensor q, Tensor k, int stride, int block, bool causal, float scale, float softcap, str backend) -> Tensor")
@@ -59,12 +60,14 @@ def antidiagonal(
     tensor([4., 4., 4., 4.])
     """
     check_tensors(q, k, k, packed=False)
+    q, k = autocast(q, k)
     check_block("block", block)
     if block % check_int("stride", stride, 1):
         raise bad_value("stride", f"must divide block ({block})", stride)
     factor, cap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
+    refuse_transforms("antidiagonal", q.detach(), k.detach())
     return torch.ops.s2attn.antidiagonal(q.detach(), k.detach(), stride, block, bool(causal), factor, cap or 0.0, backend)
 
 
