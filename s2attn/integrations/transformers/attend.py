@@ -10,9 +10,10 @@ from torch.nn.functional import pad
 
 from s2attn.cache.checks import kept_pattern
 from s2attn.core import Unsupported, bad_value
+from s2attn.integrations.transformers.documents import Documents, find_documents
 from s2attn.integrations.transformers.places import WINDOW, Places, read_places
 from s2attn.integrations.transformers.plan import layer_plan
-from s2attn.integrations.transformers.rows import as_pages, packed_rows, places_of, put, take
+from s2attn.integrations.transformers.rows import as_pages, places_of, put, take
 from s2attn.ops.attention import attention, autocast
 from s2attn.ops.decode import decode
 from s2attn.ops.step import Ask, LayerCall, current_step
@@ -73,19 +74,25 @@ def attention_forward(
                 "the model's mask is a window, of which its attention says nothing", {type(module).__name__: [f"{sliding_window=}"]}
             )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if paged is not None:
-        return paged.attend(call, q, k, v, places), None
-    ask = current_step()
+    ask = current_step() if paged is None else None
+    if cu_seq_lens_q is not None and (places.keys is not None or paged is not None or ask is not None):
+        raise bad_value("cu_seq_lens_q", "must be given without padding or a cache", "both")
     if ask is not None:
         return _taken(ask, call, q, k, v, places, more.get("position_ids")), None
-    if cu_seq_lens_q is not None or places.cu is not None:
-        return _packed(call, q, k, v, places, cu_seq_lens_q), None
+    if cu_seq_lens_q is not None:
+        documents = Documents(cu_seq_lens_q)
+    else:
+        slots = k.shape[1] if paged is None else k.shape[1] + paged.slots
+        shape = len(q), q.shape[1], slots
+        documents = find_documents(more.get("position_ids"), attention_mask, places, shape, checks=plan.checks, paged=paged is not None)
+        if documents is None and places.cu is not None and more.get("position_ids") is None:
+            documents = Documents(places.cu)
+    if paged is not None:
+        return _paged(paged, call, q, k, v, places, documents), None
+    if documents is not None:
+        return _packed(call, q, k, v, documents), None
     if places.keys is not None and places.queries is not None:
         return _placed(call, query, key, value, places, places.keys, places.queries), None
-    if causal and query.shape[2] == key.shape[2] and query.shape[2] > 1:
-        cu = packed_rows(more.get("position_ids"), len(query), places.flags, plan.layer)
-        if cu is not None:
-            return _packed(call, q, k, v, places, cu), None
     if query.shape[2] == key.shape[2] or not _decodes(query, key, value):
         return _attend(call, q, k, v), None
     slots = torch.full((len(key),), key.shape[2], device=key.device)
@@ -126,13 +133,26 @@ def _decoded(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places:
     return out if order is None else put(out, order, places_of(q) >= q.shape[1] - queries[:, None])
 
 
-def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, cu: Tensor | None) -> Tensor:
-    """Rows that hold several sequences, one after another."""
-    if cu is not None and places.keys is not None:
-        raise bad_value("cu_seq_lens_q", "must be given without padding or a cache", "both")
-    if q.shape[:2] != k.shape[:2]:
-        raise Unsupported("packed rows have no cache", {"cu_seq_lens_q": [f"{q.shape[1]} queries over {k.shape[1]} keys"]})
-    return _attend_packed(call, q, k, v, places.cu if cu is None else cu)
+def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Rows that hold several documents, one after another; padding gets 0."""
+    kept = documents.queries
+    if kept is None or documents.keys is None:
+        if q.shape[:2] != k.shape[:2]:
+            raise Unsupported("packed rows have no cache", {"cu_seq_lens_q": [f"{q.shape[1]} queries over {k.shape[1]} keys"]})
+        return _attend_packed(call, q, k, v, documents.cu)
+    out = _attend(call, q.flatten(0, 1)[kept], *(x.flatten(0, 1)[documents.keys] for x in (k, v)), documents.cu)
+    return out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, kept, out).unflatten(0, q.shape[:2])
+
+
+def _paged(paged: Any, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, documents: Documents | None) -> Tensor:
+    """Attention through pages, which get the last document of each row: later tokens continue that one and see no other."""
+    if documents is None or documents.last is None:
+        return paged.attend(call, q, k, v, places)
+    last = documents.last
+    order = torch.argsort(last.to(torch.int8), dim=1, stable=True)
+    count = last.sum(1)
+    kept = paged.attend(call, q, k, v, Places(places.flags, None, count, count, order, order))
+    return torch.where(last[:, :, None, None], kept, _packed(call, q, k, v, documents))
 
 
 def _attend(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None = None) -> Tensor:
@@ -146,7 +166,7 @@ def _attend_packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, cu: Tensor 
 
 def _taken(ask: Ask, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, position_ids: Tensor | None) -> Tensor:
     """Attention through the `s2attn.SparseCache` whose step is on; the model must have been told the places of its tokens."""
-    if places.keys is not None or places.cu is not None:
+    if places.keys is not None:
         raise bad_value("attention_mask", "must be left out while a SparseCache takes a step, which has counts for padding", "a mask")
     expected = ask("positions", q[:, :, 0, 0])
     if position_ids is not None and not torch.equal(position_ids.expand(len(expected), -1), expected):
