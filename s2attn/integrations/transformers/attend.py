@@ -57,13 +57,7 @@ def attention_forward(
     """
     plan = layer_plan(module, query.shape[1], key.shape[1], sliding_window)
     causal = plan.causal if is_causal is None else bool(is_causal)
-    if dropout:
-        raise Unsupported("s2attn has no dropout", {type(module).__name__: [f"attention dropout {dropout}; set it to 0 in the config"]})
-    for name in _REFUSED:
-        if more.get(name) is not None and more[name] is not False:
-            raise Unsupported("s2attn cannot honour an argument of this attention", {type(module).__name__: [f"{name} was given"]})
-    if sliding_window is not None and not causal:
-        raise Unsupported("windows that look both ways have several meanings", {type(module).__name__: ["not causal, sliding_window"]})
+    _check_arguments(type(module).__name__, causal, dropout, sliding_window, more)
     call = LayerCall(plan.pattern, query.shape[1], key.shape[1], plan.layer, causal, plan.heads, scaling, softcap, s_aux, plan.backend)
     paged = getattr(key, PAGED, None)
     places = _EVERYWHERE
@@ -75,18 +69,18 @@ def attention_forward(
             )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     ask = current_step() if paged is None else None
-    if cu_seq_lens_q is not None and (places.keys is not None or paged is not None or ask is not None):
+    alone = places.keys is None and paged is None and ask is None
+    if cu_seq_lens_q is not None and not alone:
         raise bad_value("cu_seq_lens_q", "must be given without padding or a cache", "both")
+    position_ids = more.get("position_ids")
     if ask is not None:
-        return _taken(ask, call, q, k, v, places, more.get("position_ids")), None
+        return _taken(ask, call, q, k, v, places, position_ids), None
     if cu_seq_lens_q is not None:
         documents = Documents(cu_seq_lens_q)
     else:
-        slots = k.shape[1] if paged is None else k.shape[1] + paged.slots
-        shape = len(q), q.shape[1], slots
-        documents = find_documents(more.get("position_ids"), attention_mask, places, shape, checks=plan.checks, paged=paged is not None)
-        if documents is None and places.cu is not None and more.get("position_ids") is None:
-            documents = Documents(places.cu)
+        shape = len(q), q.shape[1], k.shape[1] + (0 if paged is None else paged.slots)
+        how = {"checks": plan.checks, "paged": paged is not None}
+        documents = find_documents(position_ids, attention_mask, places, shape, **how)
     if paged is not None:
         return _paged(paged, call, q, k, v, places, documents), None
     if documents is not None:
@@ -97,6 +91,17 @@ def attention_forward(
         return _attend(call, q, k, v), None
     slots = torch.full((len(key),), key.shape[2], device=key.device)
     return _decoded(call, query, key, value, places, slots, slots), None
+
+
+def _check_arguments(name: str, causal: bool, dropout: float, sliding_window: int | None, more: dict[str, Any]) -> None:
+    """Refuse what attention of the module called ``name`` asks for and no pattern can say."""
+    if dropout:
+        raise Unsupported("s2attn has no dropout", {name: [f"attention dropout {dropout}; set it to 0 in the config"]})
+    for argument in _REFUSED:
+        if more.get(argument) is not None and more[argument] is not False:
+            raise Unsupported("s2attn cannot honour an argument of this attention", {name: [f"{argument} was given"]})
+    if sliding_window is not None and not causal:
+        raise Unsupported("windows that look both ways have several meanings", {name: ["not causal, sliding_window"]})
 
 
 def _placed(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, keys: Tensor, queries: Tensor) -> Tensor:
@@ -140,7 +145,8 @@ def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, documents: Documen
         if q.shape[:2] != k.shape[:2]:
             raise Unsupported("packed rows have no cache", {"cu_seq_lens_q": [f"{q.shape[1]} queries over {k.shape[1]} keys"]})
         return _attend_packed(call, q, k, v, documents.cu)
-    out = _attend(call, q.flatten(0, 1)[kept], *(x.flatten(0, 1)[documents.keys] for x in (k, v)), documents.cu)
+    new_q, (new_k, new_v) = q.flatten(0, 1)[kept], (x.flatten(0, 1)[documents.keys] for x in (k, v))
+    out = _attend(call, new_q, new_k, new_v, documents.cu)
     return out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, kept, out).unflatten(0, q.shape[:2])
 
 
