@@ -13,11 +13,12 @@ from typing import Any
 from experiments.model import ModelConfig
 from experiments.train import TrainConfig
 from s2attn.analysis.words import read_what
-from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.core import bad_kind, bad_value, check_int, requires
 from s2attn.integrations.spec import read_spec
 from s2attn.patterns import Local, Pattern, Recipe, Stride
 
-tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+with requires("training files cannot be read", "tomli", "experiments"):
+    tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 TOKENIZERS = ("bytes", "bpe")
 RECIPE = Recipe(Local(2) | Stride(4), dense_layers=[0])

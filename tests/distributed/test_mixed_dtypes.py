@@ -9,7 +9,7 @@ import s2attn
 from s2attn import Local, Stride
 from s2attn.distributed.context import context_attention
 from s2attn.distributed.ulysses import ulysses_attention
-from s2attn.testing.ranks import run_here, run_ranks, values
+from tests.support.ranks import run_here, run_ranks, values
 
 S2 = Local(1) | Stride(2)
 WAYS = ("ulysses", "all-gather", "exchange", "ring")
