@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, int]] = {
     "duo_attention": {"sink": 5, "window": 30},
     "longnet": {"segment": 2, "levels": 3, "block": 16},
     "longformer": {"window": 30, "global_tokens": 20},
-    "bigbird": {"window": 2, "random": 2, "global_blocks": 1, "block": 16},
+    "bigbird": {"window": 3, "random": 2, "global_blocks": 2, "block": 16},
 }
 RANGED = ByRange([(0, 40, Dense()), (40, 150, Stride(2, block=16)), (150, None, Stride(5, block=16))])
 GROUPS: dict[tuple[int, ...], Any] = {}
@@ -209,7 +209,7 @@ def refusals() -> dict[str, str]:
     q, k = torch.randn(1, 32, H, D), torch.randn(1, 32, G, D)
     contiguous = Shards.contiguous(128, 4)
     packed = (q[0], k[0], k[0])
-    xattention = s2attn.XAttention(stride=16, coverage=0.9)
+    xattention = s2attn.XAttention(stride=16, threshold=0.9)
     calls: dict[str, Any] = {
         "size": lambda: context_attention(q, k, k, Window(8), shards=Shards.contiguous(64, 2)),
         "tokens": lambda: context_attention(q, k, k, Window(8), shards=Shards.contiguous(64, 4)),
