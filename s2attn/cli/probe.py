@@ -16,6 +16,7 @@ from s2attn.cli.show import read_what
 from s2attn.core import Unsupported, bad_value, check_int
 from s2attn.lab.compare import NeedsTraining, compare
 from s2attn.lab.suggest import suggest
+from s2attn.lab.training.files import read_json
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
         from s2attn.lab.train import load_model
 
         model: Any = load_model(folder)
-    elif json.loads((folder / "config.json").read_text()).get("model_type") == "phi3small":
+    elif _model_type(folder) == "phi3small":
         from s2attn.integrations.phi3small import Phi3Small
 
         model = Phi3Small.from_folder(folder)
@@ -84,10 +85,17 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
     return model.to(torch.device(reading.device)).eval(), tokens
 
 
+def _model_type(folder: Path) -> Any:
+    found = read_json(folder / "config.json", "MODEL", "must be a folder with a config.json in JSON")
+    if not isinstance(found, dict):
+        raise bad_value("MODEL", "must have a JSON object in config.json", type(found).__name__)
+    return found.get("model_type")
+
+
 def read_tokens(folder: Path, file: Path) -> list[int]:
     """The tokens of a file: a JSON list of numbers, or a text for the tokenizer of the folder."""
     if file.suffix == ".json":
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, "--text")
         if not isinstance(found, list):
             raise bad_value("--text", "must hold a list of tokens, where it is JSON", type(found).__name__)
         return [check_int("--text", token, 0) for token in found]

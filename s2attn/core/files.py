@@ -104,11 +104,12 @@ def append_checksum(file: BinaryIO) -> None:
     file.write(_CHECKSUM + digest.encode() + b"\n")
 
 
-def verify_checksum(path: StrPath, rule: str) -> None:
+def verify_checksum(path: StrPath, rule: str, *, required: bool = True) -> None:
     """Refuse a file whose content is not what its checksum at the end was made of.
 
     Args:
         rule: what the argument ``path`` must be, for the message.
+        required: refuse a file without a checksum too.
 
     Raises:
         ValueError: a file that was cut short or altered, or that never had a checksum.
@@ -116,6 +117,9 @@ def verify_checksum(path: StrPath, rule: str) -> None:
     """
     with open(path, "rb") as file:
         size = max(0, file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES)
+        file.seek(size)
+        if not required and file.read(len(_CHECKSUM)) != _CHECKSUM:
+            return
         file.seek(0)
         digest = _sha256(file, size)
         if file.read() != _CHECKSUM + digest.encode() + b"\n":

@@ -129,7 +129,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise bad_value("CONFIG", "must name a TOML file that exists", repr(str(path)))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise bad_value("CONFIG", "must be TOML", f"{path}: {error}") from None
 
 
@@ -141,7 +141,7 @@ def toml_value(text: str) -> Any:
     """
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2attn.core.files import PARTIAL, append_checksum, atomic_write
+from s2attn.core import bad_value
+from s2attn.core.files import PARTIAL, append_checksum, atomic_write, verify_checksum
 
 
 def write_file(path: Path, content: str | dict[str, Any]) -> None:
@@ -26,6 +28,47 @@ def write_file(path: Path, content: str | dict[str, Any]) -> None:
         else:
             torch.save(content, file)
             append_checksum(file)
+
+
+def read_tensors(path: Path, rule: str, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The dict that :func:`write_file` wrote; nothing but tensors, numbers and text is unpickled, and no code runs.
+
+    Args:
+        rule: what the file must be, for the message.
+        kinds: the entries that must be there, and their types.
+
+    Raises:
+        ValueError: a file of another kind, one that was cut short or altered, or another dict.
+        OSError: the file cannot be read.
+    """
+    # Files from before there were checksums have none.
+    verify_checksum(path, rule, required=False)
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # torch raises nearly anything for a file that is not its own
+        lines = str(error).splitlines() or [""]
+        raise bad_value(path.name, rule, f"{path} ({type(error).__name__}: {lines[0][:80]})") from error
+    if not isinstance(found, dict):
+        raise bad_value(path.name, rule, f"{path}, which holds a {type(found).__name__}")
+    wrong = sorted(name for name, kind in kinds.items() if not isinstance(found.get(name), kind))
+    if wrong:
+        raise bad_value(path.name, rule, f"{path}, which lacks {', '.join(wrong)}")
+    return found
+
+
+def read_json(path: Path, argument: str, rule: str = "must be a JSON file") -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, or nested too deeply.
+        OSError: the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise bad_value(argument, rule, f"{path} ({error})") from None
 
 
 @contextmanager
@@ -60,6 +103,14 @@ def _settle(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that :func:`whole_folder` made: a process that is killed here leaves nothing under its name."""
+    beside = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(beside, ignore_errors=True)
+    folder.rename(beside)
+    shutil.rmtree(beside)
 
 
 def remove_partial(folder: Path) -> None:
