@@ -34,7 +34,7 @@ class DataConfig:
 
     source: str = "stdlib"
     include: tuple[str, ...] = ("*",)
-    split: str = "package"
+    split: str = "auto"
     percent: int = 5
     max_files: int | None = None
     tokenizer: str = "bytes"

@@ -69,6 +69,7 @@ def run_training(config: JobConfig, show: Show, *, resume: bool = False) -> Reco
         show.stage("Text")
         material = read_material(config, place, newest or out)
         words = "{train_tokens:,} tokens of {train_files} files to train on, {validation_tokens:,} of {validation_files} to judge on"
+        words += ", split by {split}"
         show.note(words.format(**material.facts))
         if newest is not None:
             store.check(newest, config.facts(), material.fingerprint)
@@ -87,6 +88,7 @@ def read_material(config: JobConfig, place: Place, folder: Path) -> Material:
         "train_files": len(found.train),
         "validation_files": len(found.validation),
         "left_out_files": found.left_out,
+        "split": found.split,
         "train_tokens": tokens.total,
         "validation_tokens": unseen.total,
         "bytes_per_token": unseen.text_bytes / unseen.total,
