@@ -82,7 +82,7 @@ def atomic_write(path: StrPath) -> Iterator[BinaryIO]:
             why = f"{path} could not be written and is unchanged: {failed.strerror}"
             raise OSError(failed.errno, why) from error
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def write_text(path: StrPath, text: str) -> None:
@@ -160,7 +160,7 @@ class _Watched(BufferedRandom):
             raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Ask the disk to keep which files a folder holds; not every file system can."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return

@@ -200,6 +200,7 @@ def test_rows_longer_than_the_text_are_refused() -> None:
     tokens, short = Tokens.of(TEXTS, Bytes()), Tokens.of(["abc"], Bytes())
     with pytest.raises(ValueError, match=r"train.context must not be above the tokens of the training text \(4\); got 16"):
         Packed(short, tokens, Rows(1, 16))
-    with pytest.raises(ValueError, match=r"train.context must not be above the tokens of the validation text \(4\); a larger data.percent may help; got 16"):
+    rule = r"train.context must not be above the tokens of the validation text \(4\); a larger data.percent may help; got 16"
+    with pytest.raises(ValueError, match=rule):
         Packed(tokens, short, Rows(1, 16))
     assert Packed(short, short, Rows(1, 4)).train(0).targets.tolist() == [[97, 98, 99, END]]

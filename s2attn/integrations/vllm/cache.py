@@ -112,7 +112,7 @@ class S2CacheManager(SingleTypeKVCacheManager):
         lifetimes = kv_cache_spec.lifetimes
         multiple = max(1, alignment_tokens // size)
         count = lifetimes.longest_hit(cached, min(max_length // size, len(hashes)), multiple)
-        read = (lifetimes.last[:count] >= count * size).tolist()
+        read = lifetimes.needed(count).tolist()
         null = block_pool.null_block
         hit = tuple(
             [blocks[group] if needed and blocks is not None else null for needed, blocks in zip(read, found[:count], strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from s2attn.core import bad_value
-from s2attn.core.files import PARTIAL, append_checksum, atomic_write, verify_checksum
+from s2attn.core.files import PARTIAL, append_checksum, atomic_write, sync_folder, verify_checksum
 
 
 def write_file(path: Path, content: str | dict[str, Any]) -> None:
@@ -86,23 +85,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        _settle(beside)
+        sync_folder(beside)
         beside.rename(folder)
-        _settle(folder.parent)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-
-
-def _settle(folder: Path) -> None:
-    """Ask the disk to remember which files a folder holds."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_folder(folder: Path) -> None:
