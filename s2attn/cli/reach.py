@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from s2attn.bench.host import host_facts
-from s2attn.cli.ablate import words
+from s2attn.cli.ablate import MOST_SEEDS, words
 from s2attn.cli.screen import Screen, console, table
 from s2attn.core import check_int
 from s2attn.lab.folder import Gauge
@@ -22,7 +22,7 @@ def settings_of(size: str, *, patterns: str, seeds: int | None, steps: int | Non
     if patterns:
         made = replace(made, patterns=tuple(words(patterns)))
     if seeds is not None:
-        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1))))
+        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1, MOST_SEEDS))))
     return made if steps is None else made.with_steps(steps)
 
 

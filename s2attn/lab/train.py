@@ -25,6 +25,8 @@ from s2attn.lab.training.place import ALONE, Place
 
 Log = Callable[[dict[str, Any]], None]
 PRECISIONS = ("float32", "bfloat16")
+MOST = 2**31 - 1
+"""Steps, rows or tokens; more is taken for a mistake."""
 TRAINING: dict[str, type] = {"step": int, "history": list, "optimizer": dict, "generators": list}
 """What ``training.pt`` holds."""
 
@@ -58,8 +60,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "eval_every", "eval_windows"):
-            check_int(name, getattr(self, name), 1)
-        check_int("warmup", self.warmup, 0)
+            check_int(name, getattr(self, name), 1, MOST)
+        check_int("warmup", self.warmup, 0, MOST)
+        check_int("seed", self.seed, 0, 2**63 - 1)
         if not self.learning_rate > 0:
             raise bad_value("learning_rate", "must be positive", self.learning_rate)
         if not self.clip > 0:
