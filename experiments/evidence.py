@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from experiments.evidence_ablation import SECTIONS, ablation_pictures, ablation_
 from experiments.evidence_reach import KIND as REACH
 from experiments.evidence_reach import reach_pictures, reach_sections, reach_targets
 from experiments.evidence_targets import ablation_targets, targets_table
+from experiments.training.files import read_json
 from s2attn.analysis.guidelines import GUIDELINES
 from s2attn.core import bad_value
 
@@ -53,7 +53,7 @@ def committed_records(folder: Path | None = None) -> dict[str, Record]:
     found = {}
     for path in sorted((folder or RECORDS).glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path, "record")
             kind = record["kind"]
         except (ValueError, KeyError, TypeError) as error:
             raise bad_value("record", f"must be a JSON object with a kind ({error!r})", path) from None

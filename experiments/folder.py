@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from experiments.progress import Show
-from experiments.training.files import write_file
+from experiments.training.files import read_json, write_file
 from experiments.training.place import ALONE, Place
 from s2attn.core import bad_value
 
@@ -139,11 +139,12 @@ def finished(job: Job, out: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, "out")
         made_with, recipe = record["made_with"], record["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
+        float(record["seconds"])
+        differ = differing(job.made_with, made_with)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise bad_value("out", f"must hold readable runs ({error!r}); delete the file to run it again", path) from None
-    differ = differing(job.made_with, made_with)
     if recipe != job.recipe:
         differ.append("recipe")
     if differ:

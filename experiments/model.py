@@ -16,6 +16,10 @@ from s2attn.nn import SparseAttention, look_back, positions
 from s2attn.nn.rotary import frequencies, rotate, rotations
 from s2attn.patterns import Dense, Recipe
 
+MOST_LAYERS = MOST_HEADS = 1024
+MOST_WIDTH = 2**31 - 1
+"""Larger numbers are taken for mistakes."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -42,9 +46,12 @@ class ModelConfig:
     recipe: Recipe = Recipe(Dense())
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "vocabulary"):
-            check_int(name, getattr(self, name), 1)
-        check_int("look_back", self.look_back, 0)
+        check_int("layers", self.layers, 1, MOST_LAYERS)
+        for name in ("heads", "kv_heads"):
+            check_int(name, getattr(self, name), 1, MOST_HEADS)
+        for name in ("width", "head_dim", "hidden", "vocabulary"):
+            check_int(name, getattr(self, name), 1, MOST_WIDTH)
+        check_int("look_back", self.look_back, 0, MOST_LAYERS)
         if self.heads % self.kv_heads:
             raise bad_value("heads", f"must be a multiple of kv_heads ({self.kv_heads})", self.heads)
         if self.head_dim % 2:
@@ -56,6 +63,19 @@ class ModelConfig:
     def turns(self, device: torch.device | str = "cpu") -> Tensor:
         """How far each pair of channels turns per position, in radians, float32 ``(head_dim / 2,)``."""
         return frequencies(self.head_dim, self.rope_base, device) / self.rope_factor
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model, counted without making it.
+
+        >>> config = ModelConfig(layers=3, look_back=1)
+        >>> config.num_parameters == LanguageModel(config).num_parameters
+        True
+        """
+        heads = 2 * self.heads + 2 * self.kv_heads
+        block = self.width * (heads * self.head_dim + 3 * self.hidden + 2)
+        tables = self.vocabulary * (1 + self.look_back)
+        return self.width * (tables + 1) + self.layers * block
 
     def with_recipe(self, recipe: Recipe) -> ModelConfig:
         return replace(self, recipe=recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 
 from experiments.folder import OutOfTime, Record, Watch, differing, write_json
 from experiments.train import Run, TrainConfig
-from experiments.training.files import remove_partial, whole_folder
+from experiments.training.files import read_json, remove_folder, remove_partial, whole_folder
 from experiments.training.place import Place
 from s2attn.core import bad_value
 
@@ -92,7 +91,7 @@ class Partial:
                 run.state().write(beside)
             for old in self._checkpoints(name):
                 if old != folder:
-                    shutil.rmtree(old)
+                    remove_folder(old)
         write_json(self.seconds, self.folder / "seconds.json")
         self._saved = time.perf_counter()
 
@@ -104,7 +103,4 @@ class Partial:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise bad_value("out", f"must hold readable files ({error!r}); delete {path.parent} to begin that run anew", path) from None
+    return read_json(path, "out", f"must hold readable files; delete {path.parent} to begin that run anew")

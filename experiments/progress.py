@@ -60,13 +60,12 @@ class Metrics:
     def _lines(self, last: int) -> list[str]:
         """The whole lines of the file that belong to steps up to ``last``; a kill may have left half a line."""
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                step = json.loads(line)["step"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                if json.loads(line)["step"] <= last:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if step <= last:
-                kept.append(line)
         return kept
 
     def write(self, entry: Record) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +19,16 @@ from torch.distributed.tensor import DTensor
 
 from experiments.data import Batch, Feed
 from experiments.model import Block, LanguageModel, ModelConfig
-from experiments.training.files import write_file
+from experiments.training.files import read_tensors, write_file
 from experiments.training.place import ALONE, Place
 from s2attn.core import bad_value, check_int
 
 Log = Callable[[dict[str, Any]], None]
 PRECISIONS = ("float32", "bfloat16")
+MOST = 2**31 - 1
+"""Steps, rows or tokens; more is taken for a mistake."""
+TRAINING: dict[str, type] = {"step": int, "history": list, "optimizer": dict, "generators": list}
+"""What ``training.pt`` holds."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "eval_every", "eval_windows"):
-            check_int(name, getattr(self, name), 1)
-        check_int("warmup", self.warmup, 0)
+            check_int(name, getattr(self, name), 1, MOST)
+        check_int("warmup", self.warmup, 0, MOST)
+        check_int("seed", self.seed, 0, 2**63 - 1)
         if not self.learning_rate > 0:
             raise bad_value("learning_rate", "must be positive", self.learning_rate)
         if not self.clip > 0:
@@ -186,15 +190,30 @@ class Run:
 
     @classmethod
     def resume(cls, folder: Path, name: str, config: TrainConfig, place: Place = ALONE) -> Run:
-        """The run that :meth:`save` wrote; it continues as if it had never stopped."""
+        """The run that :meth:`save` wrote; it continues as if it had never stopped.
+
+        Raises:
+            ValueError: the folder holds no run of this model, or files of another kind.
+        """
+        rule = "must be the state of a training run of this model"
+        state = read_tensors(folder / "training.pt", rule, TRAINING)
         run = cls(name, load_model(folder), config, place=place)
-        state = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
-        weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
+        weights = read_tensors(folder / "weights.pt", "must hold the weights of this model", {})
         options = StateDictOptions(full_state_dict=True)
-        set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"], options=options)
+        try:
+            set_state_dict(
+                run.model,
+                run.optimizer,
+                model_state_dict=weights,
+                optim_state_dict=state["optimizer"],
+                options=options,
+            )
+            if len(state["generators"]) == place.ranks:
+                set_random_state(place.device, state["generators"][place.rank])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            came = f"{folder / 'training.pt'} ({type(error).__name__}: {str(error)[:80]})"
+            raise bad_value("training.pt", rule, came) from error
         run.step, run.history = state["step"], state["history"]
-        if len(state["generators"]) == place.ranks:
-            set_random_state(place.device, state["generators"][place.rank])
         return run
 
 
@@ -303,8 +322,14 @@ def load_model(folder: Path) -> LanguageModel:
         raise bad_value("folder", "must hold config.json and weights.pt", folder)
     try:
         config = ModelConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        model = LanguageModel(config)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise bad_value("config.json", f"must describe a model ({error})", folder) from None
-    model = LanguageModel(config)
-    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location="cpu"))
+    rule = "must hold the weights of the model in config.json"
+    weights = read_tensors(folder / "weights.pt", rule, {})
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise bad_value("weights.pt", rule, f"{folder / 'weights.pt'} ({said[:200]})") from None
     return model

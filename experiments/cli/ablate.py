@@ -22,6 +22,9 @@ from s2attn.core import bad_value, check_int
 from s2attn.tuning.clock import peak_bytes
 from s2attn.tuning.host import host_facts
 
+MOST_SEEDS = 1000
+"""Runs of a study at most, for each recipe; more is taken for a mistake."""
+
 
 def settings_of(
     size: str, *, recipes: str, tasks: str | None, seeds: int | None, budget: float | None, stretch: str | None
@@ -33,7 +36,7 @@ def settings_of(
     if tasks is not None:
         made = replace(made, tasks=replace(made.tasks, names=tuple(words(tasks))))
     if seeds is not None:
-        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1))))
+        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1, MOST_SEEDS))))
     if budget is not None:
         made = replace(made, budget=budget)
     return made if stretch is None else replace(made, tasks=replace(made.tasks, stretch=stretch))

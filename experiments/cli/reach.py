@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.cli.ablate import words
+from experiments.cli.ablate import MOST_SEEDS, words
 from experiments.cli.screen import Screen
 from experiments.folder import Gauge
 from experiments.reach_study import Outcome, run_reach
@@ -23,7 +23,7 @@ def settings_of(size: str, *, patterns: str, seeds: int | None, steps: int | Non
     if patterns:
         made = replace(made, patterns=tuple(words(patterns)))
     if seeds is not None:
-        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1))))
+        made = replace(made, seeds=tuple(range(check_int("--seeds", seeds, 1, MOST_SEEDS))))
     return made if steps is None else made.with_steps(steps)
 
 

@@ -35,7 +35,7 @@ class DataConfig:
 
     source: str = "stdlib"
     include: tuple[str, ...] = ("*",)
-    split: str = "package"
+    split: str = "auto"
     percent: int = 5
     max_files: int | None = None
     tokenizer: str = "bytes"
@@ -130,7 +130,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise bad_value("CONFIG", "must name a TOML file that exists", repr(str(path)))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise bad_value("CONFIG", "must be TOML", f"{path}: {error}") from None
 
 
@@ -142,7 +142,7 @@ def toml_value(text: str) -> Any:
     """
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

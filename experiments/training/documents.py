@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.data import EXCLUDED, is_validation, stdlib_files
 from s2attn.core import bad_value, check_int
 
-SPLITS = ("package", "file", "tail")
+SPLITS = ("auto", "package", "file", "tail")
 SOURCES = ("stdlib", "installed")
 
 
@@ -21,6 +21,7 @@ class Documents:
     Attributes:
         train, validation: the texts.
         train_names, validation_names: where they come from, in the same order.
+        split: how they were split: "package", "file" or "tail".
         left_out: files that hold no text: empty, with zero bytes, or not in UTF-8.
     """
 
@@ -28,11 +29,12 @@ class Documents:
     validation: tuple[str, ...]
     train_names: tuple[str, ...]
     validation_names: tuple[str, ...]
+    split: str
     left_out: int = 0
 
 
 def read_documents(
-    source: str, *, include: tuple[str, ...] = ("*",), split: str = "package", percent: int = 5, max_files: int | None = None
+    source: str, *, include: tuple[str, ...] = ("*",), split: str = "auto", percent: int = 5, max_files: int | None = None
 ) -> Documents:
     """Read text files and split them.
 
@@ -41,7 +43,8 @@ def read_documents(
             installed packages.
         include: which names of files in a folder are read; hidden files and folders never are.
         split: "package": all files of a first folder stay together; "file": each for itself; both go by a hash of the name, so that nothing
-            moves when files come and go. "tail": the end of every file is for validation.
+            moves when files come and go. "tail": the end of every file is for validation. "auto": the first of these that keeps back about
+            ``percent`` of the text, between a quarter and four times as much.
         percent: share that is for validation.
         max_files: read only so many files.
 
@@ -57,11 +60,12 @@ def read_documents(
     if not texts:
         found = f"{len(files)} files without text" if files else "no files"
         raise bad_value("data.source", f"must hold text files ({', '.join(include)}) in UTF-8", f"{found} in {source}")
-    train, validation = _tails(texts, percent) if split == "tail" else _by_name(texts, split, percent)
+    chosen, train, validation = _split(texts, split, percent)
     if not train or not validation:
-        rule = f"must leave text for training and validation (of {len(texts)} files); a larger data.percent, or file or tail, may"
+        rule = f"must leave text for training and validation (of {len(texts)} files); a larger data.percent, or auto, may"
         raise bad_value("data.split", rule, f"{split!r} with data.percent = {percent}")
-    return Documents(tuple(train.values()), tuple(validation.values()), tuple(train), tuple(validation), len(files) - len(texts))
+    left_out = len(files) - len(texts)
+    return Documents(tuple(train.values()), tuple(validation.values()), tuple(train), tuple(validation), chosen, left_out)
 
 
 def read_text(path: Path) -> str | None:
@@ -97,6 +101,17 @@ def _sources(with_packages: bool) -> Iterator[tuple[str, Path]]:
             inside = path.relative_to(root)
             if path.is_file() and not EXCLUDED & set(inside.parts):
                 yield inside.as_posix(), path
+
+
+def _split(texts: dict[str, str], split: str, percent: int) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The split that was taken, and both parts."""
+    total = sum(map(len, texts.values()))
+    for name in SPLITS[1:] if split == "auto" else (split,):
+        train, validation = _tails(texts, percent) if name == "tail" else _by_name(texts, name, percent)
+        kept = 100 * sum(map(len, validation.values()))
+        if split != "auto" or (train and percent * total / 4 <= kept <= min(percent * 4, 99) * total):
+            return name, train, validation
+    return split, {}, {}
 
 
 def _by_name(texts: dict[str, str], split: str, percent: int) -> tuple[dict[str, str], dict[str, str]]:

@@ -2,60 +2,72 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PARTIAL = ".partial"
+from s2attn.core import bad_value
+from s2attn.core.files import PARTIAL, append_checksum, atomic_write, sync_folder, verify_checksum
 
 
 def write_file(path: Path, content: str | dict[str, Any]) -> None:
-    """Write text, or a dict with `torch.save`; what stood there before stays until the new file is complete.
+    """Write text, or a dict with `torch.save` and a checksum; the file that was there stays until the new one is complete.
 
     Raises:
         OSError: the disk is full, or may not be written to.
     """
-    beside = path.with_name(f".{path.name}{PARTIAL}")
+    with atomic_write(path) as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
+            append_checksum(file)
+
+
+def read_tensors(path: Path, rule: str, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The dict that :func:`write_file` wrote; nothing but tensors, numbers and text is unpickled, and no code runs.
+
+    Args:
+        rule: what the file must be, for the message.
+        kinds: the entries that must be there, and their types.
+
+    Raises:
+        ValueError: a file of another kind, one that was cut short or altered, or another dict.
+        OSError: the file cannot be read.
+    """
+    # Files from before there were checksums have none.
+    verify_checksum(path, rule, required=False)
     try:
-        with _Watched(FileIO(beside, "w")) as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                _dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written and is as it was: {error.strerror}") from error
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # torch raises nearly anything for a file that is not its own
+        lines = str(error).splitlines() or [""]
+        raise bad_value(path.name, rule, f"{path} ({type(error).__name__}: {lines[0][:80]})") from error
+    if not isinstance(found, dict):
+        raise bad_value(path.name, rule, f"{path}, which holds a {type(found).__name__}")
+    wrong = sorted(name for name, kind in kinds.items() if not isinstance(found.get(name), kind))
+    if wrong:
+        raise bad_value(path.name, rule, f"{path}, which lacks {', '.join(wrong)}")
+    return found
 
 
-class _Watched(BufferedWriter):
-    """A file that remembers why it could not be written."""
+def read_json(path: Path, argument: str, rule: str = "must be a JSON file") -> Any:
+    """The contents of a JSON file.
 
-    error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def _dump(content: dict[str, Any], file: _Watched) -> None:
+    Raises:
+        ValueError: not UTF-8, not JSON, or nested too deeply.
+        OSError: the file cannot be read.
+    """
     try:
-        torch.save(content, file)
-    except RuntimeError as error:  # torch's writer hides the reason for which it could not write
-        if file.error is None:
-            raise
-        raise file.error from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise bad_value(argument, rule, f"{path} ({error})") from None
 
 
 @contextmanager
@@ -73,23 +85,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        _settle(beside)
+        sync_folder(beside)
         beside.rename(folder)
-        _settle(folder.parent)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def _settle(folder: Path) -> None:
-    """Ask the disk to remember which files a folder holds."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that :func:`whole_folder` made: a process that is killed here leaves nothing under its name."""
+    beside = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(beside, ignore_errors=True)
+    folder.rename(beside)
+    shutil.rmtree(beside)
 
 
 def remove_partial(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,7 @@ def run_training(config: JobConfig, show: Show, *, resume: bool = False) -> Reco
         show.stage("Text")
         material = read_material(config, place, newest or out)
         words = "{train_tokens:,} tokens of {train_files} files to train on, {validation_tokens:,} of {validation_files} to judge on"
+        words += ", split by {split}"
         show.note(words.format(**material.facts))
         if newest is not None:
             store.check(newest, config.facts(), material.fingerprint)
@@ -87,6 +89,7 @@ def read_material(config: JobConfig, place: Place, folder: Path) -> Material:
         "train_files": len(found.train),
         "validation_files": len(found.validation),
         "left_out_files": found.left_out,
+        "split": found.split,
         "train_tokens": tokens.total,
         "validation_tokens": unseen.total,
         "bytes_per_token": unseen.text_bytes / unseen.total,
@@ -114,8 +117,32 @@ def start(config: JobConfig, material: Material, place: Place, newest: Path | No
     """A new run, or the one of a checkpoint."""
     if newest is not None:
         return Run.resume(newest, "train", config.train, place)
-    model = LanguageModel(config.with_vocabulary(material.tokenizer.size).model, seed=config.train.seed)
+    config = config.with_vocabulary(material.tokenizer.size)
+    check_memory(config, place)
+    model = LanguageModel(config.model, seed=config.train.seed)
     return Run("train", model, config.train, place=place)
+
+
+def check_memory(config: JobConfig, place: Place) -> None:
+    """Refuse what this machine cannot hold, before anything is allocated.
+
+    The count is a lower bound: float32 weights, and on a CPU their gradients, Adam's two moments and the logits of a step.
+
+    Raises:
+        ValueError: the bound is above the machine's memory.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    model, train = config.model, config.train
+    weights, rows = 4 * model.num_parameters, 0
+    if place.device.type == "cpu":
+        weights *= 1 if place.ranks > 1 else 4
+        rows = 4 * -(-train.batch // place.ranks) * train.context * model.vocabulary
+    if weights + rows > there:
+        counts = f"{weights / 2**30:,.1f} GiB for the model and {rows / 2**30:,.1f} GiB for the logits of a step"
+        rule = f"must fit into the memory of this machine, {there / 2**30:,.1f} GiB"
+        raise bad_value("model and train.batch * train.context", rule, f"{counts}, and more")
 
 
 @dataclass(eq=False)

@@ -52,7 +52,8 @@ class Packed:
         for name, part in (("training", self.tokens), ("validation", self.unseen)):
             if part.total < self.rows.context:
                 rule = f"must not be above the tokens of the {name} text ({part.total})"
-                raise bad_value("train.context", rule, self.rows.context)
+                hint = "; a larger data.percent may help" if name == "validation" else ""
+                raise bad_value("train.context", rule + hint, self.rows.context)
 
     @property
     def rows_per_epoch(self) -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
-from experiments.train import Run
-from experiments.training.files import remove_partial, whole_folder
+from experiments.train import TRAINING, Run
+from experiments.training.files import read_tensors, remove_folder, remove_partial, whole_folder
 from experiments.training.tokens import Tokenizer
 from s2attn.core import bad_value, check_int
 
@@ -34,9 +31,13 @@ class Store:
         return found[-1] if found else None
 
     def clear_partial(self) -> None:
-        """Remove what a killed run left half written."""
-        if self.folder.is_dir():
-            remove_partial(self.folder)
+        """Remove what a killed run left half written or half removed."""
+        if not self.folder.is_dir():
+            return
+        remove_partial(self.folder)
+        for path in self.folder.glob("step-*"):
+            with suppress(OSError):  # holds something, or is no folder
+                path.rmdir()
 
     def save(self, run: Run, tokenizer: Tokenizer, *, settings: Mapping[str, Any], data: str) -> Path:
         """Write a checkpoint; older ones go only when it is complete. With several processes all of them must call it.
@@ -62,7 +63,7 @@ class Store:
                 what = f"{folder} could not be saved; those before it are as they were, and --resume goes on from the newest"
                 raise OSError(error.errno, f"{what} ({os.strerror(error.errno or 0)})") from error
             for old in self.found()[: -self.keep]:
-                shutil.rmtree(old)
+                remove_folder(old)
 
         run.place.first_does(write)
         return folder
@@ -75,9 +76,10 @@ class Store:
             ValueError: it cannot be read, or was of another configuration, or of other data; with every value that differs.
         """
         try:
-            paths = (folder / "training.pt", folder / "weights.pt")
-            state, _ = (torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in paths)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
+            kinds = {**TRAINING, "settings": dict, "data": str}
+            state = read_tensors(folder / "training.pt", "must be the state of a training run", kinds)
+            read_tensors(folder / "weights.pt", "must hold the weights of a model", {})
+        except (ValueError, OSError) as error:
             rule = f"must be readable; without its folder the run goes on from the one before ({folder})"
             raise bad_value("the newest checkpoint", rule, str(error).splitlines()[0]) from error
         here, there = flat(settings), flat(state["settings"])

@@ -88,10 +88,18 @@ class BytePairs:
 
     @classmethod
     def load(cls, path: Path) -> BytePairs:
-        """The tokenizer that :meth:`save` wrote."""
+        """The tokenizer that :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no tokenizer.
+        """
         with requires("byte pairs cannot be read", "tokenizers", "experiments"):
             from tokenizers import Tokenizer as Inner
-        return cls._of(Inner.from_file(str(path)))
+        try:
+            return cls._of(Inner.from_file(str(path)))
+        except Exception as error:  # the library raises bare exceptions
+            rule = "must be a tokenizer that a training run wrote"
+            raise bad_value(path.name, rule, f"{path} ({error})") from None
 
     @classmethod
     def _of(cls, inner: Any) -> BytePairs:

@@ -15,12 +15,10 @@ import numpy as np
 from s2attn.analysis.stack import check_sizes
 from s2attn.analysis.text import amount
 from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.distributed.balance import balanced_shards
-from s2attn.distributed.shards import Shards
+from s2attn.distributed.balance import MOST_LAYERS, balanced_shards
+from s2attn.distributed.shards import MOST_RANKS, Shards
 from s2attn.distributed.traffic import WAYS, Traffic, ask, traffic_of
 from s2attn.patterns import Pattern, Recipe
-
-MOST_RANKS = 65536
 
 
 @dataclass(frozen=True)
@@ -131,10 +129,9 @@ def describe_context(
                        exchange    19.8 MiB  4.49 MiB  19.8 MiB  4.49 MiB  68.2 MiB
     ...
     """
-    ranks, layers, layer = check_int("ranks", ranks, 1), check_int("layers", layers, 1), check_int("layer", layer, 0)
+    ranks, layers = check_int("ranks", ranks, 1, MOST_RANKS), check_int("layers", layers, 1, MOST_LAYERS)
     check_sizes(check_int("num_heads", num_heads, 1), layers)
-    if ranks > MOST_RANKS:
-        raise bad_value("ranks", f"must be at most {MOST_RANKS}", ranks)
+    layer = check_int("layer", layer, 0)
     seqlen = check_int("seqlen", seqlen, 1)
     pair = 2 * check_int("head_dim", head_dim, 1)
     sizes = pair * check_int("dtype_bytes", dtype_bytes, 1), pair * max(4, dtype_bytes)

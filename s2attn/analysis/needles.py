@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, tensor
 
+from s2attn.analysis.asking import Subject, Visit
 from s2attn.core import bad_kind, bad_value
-from s2attn.lab.asking import Subject, Visit
 
 HIDE = "\n\nThe pass key is {number}. Remember it: {number} is the pass key.\n\n"
 ASK = "\n\nWhat is the pass key?"

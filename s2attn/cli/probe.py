@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from experiments.training.files import read_json
 from s2attn.analysis.compare import NeedsTraining, Progress, compare
 from s2attn.analysis.suggest import suggest
 from s2attn.cli.screen import console, table
@@ -91,7 +92,7 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
     if not (folder / "config.json").is_file():
         raise bad_value("MODEL", "must be a folder with a config.json", str(folder))
     tokens = pieces(read_tokens(folder, reading.file), reading)
-    if json.loads((folder / "config.json").read_text()).get("model_type") == "phi3small":
+    if _model_type(folder) == "phi3small":
         from s2attn.integrations.phi3small import Phi3Small
 
         model: Any = Phi3Small.from_folder(folder)
@@ -102,10 +103,17 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
     return model.to(torch.device(reading.device)).eval(), tokens
 
 
+def _model_type(folder: Path) -> Any:
+    found = read_json(folder / "config.json", "MODEL", "must be a folder with a config.json in JSON")
+    if not isinstance(found, dict):
+        raise bad_value("MODEL", "must have a JSON object in config.json", type(found).__name__)
+    return found.get("model_type")
+
+
 def read_tokens(folder: Path, file: Path) -> list[int]:
     """The tokens of a file: a JSON list of numbers, or a text for the tokenizer of the folder."""
     if file.suffix == ".json":
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, "--text")
         if not isinstance(found, list):
             raise bad_value("--text", "must hold a list of tokens, where it is JSON", type(found).__name__)
         return [check_int("--text", token, 0) for token in found]

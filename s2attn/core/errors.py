@@ -71,19 +71,25 @@ def bad_kind(argument: str, rule: str, came: object) -> TypeError:
     return TypeError(f"{argument} {rule}; got {type(came).__name__}")
 
 
-def check_int(argument: str, value: object, minimum: int) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise with the argument's name.
+def check_int(argument: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Return ``value`` as an int from ``minimum`` to ``maximum``, or raise with the argument's name.
 
     >>> check_int("stride", 0, 1)
     Traceback (most recent call last):
     ...
     ValueError: stride must be an integer >= 1; got 0
+    >>> check_int("ranks", 10**9, 1, 65536)
+    Traceback (most recent call last):
+    ...
+    ValueError: ranks must be at most 65536; got 1000000000
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise bad_kind(argument, f"must be an integer >= {minimum}", value)
     number = value.__index__()
     if number < minimum:
         raise bad_value(argument, f"must be an integer >= {minimum}", value)
+    if maximum is not None and number > maximum:
+        raise bad_value(argument, f"must be at most {maximum}", number)
     return number
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.distributed.needs import lists_of_pieces
 from s2attn.distributed.pieces import Asked, query_pieces
-from s2attn.distributed.shards import Shards
+from s2attn.distributed.shards import MOST_RANKS, Shards
 from s2attn.distributed.traffic import ask
 from s2attn.layout.tiles import TileTable
 from s2attn.patterns import Pattern, Recipe
 from s2attn.patterns.runs import Array
 
+MOST_LAYERS = 1 << 16
 EVEN = 1.03
 """The busiest rank over the mean that is good enough: finer parts would be more even, and would have more neighbours to ask."""
 
@@ -51,7 +52,7 @@ def balanced_shards(
     >>> balanced_shards(Dense(), 1, 1, 65536, ranks=4) == Shards.zigzag(65536, 4)
     True
     """
-    ranks, layers = check_int("ranks", ranks, 1), check_int("layers", layers, 1)
+    ranks, layers = check_int("ranks", ranks, 1, MOST_RANKS), check_int("layers", layers, 1, MOST_LAYERS)
     if not isinstance(pattern, (Pattern, Recipe)):
         raise bad_kind("pattern", "must be a Pattern or a Recipe", pattern)
     total = sum(lengths) if lengths is not None and seqlen is None else check_int("seqlen", seqlen, 1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,24 +12,35 @@ from torch import Tensor
 
 from s2attn.backends import pick
 from s2attn.core import Unsupported, bad_kind, bad_value
-from s2attn.distributed.exchange import all_gather, bring, sum_dtype
+from s2attn.distributed.agree import Ranks
+from s2attn.distributed.exchange import bring, sum_dtype
 from s2attn.distributed.pieces import Asked
 from s2attn.distributed.plan import RingPlan, plan_on
 from s2attn.distributed.ring import Circle, ring_attention
 from s2attn.distributed.shards import NAMED, Shards
 from s2attn.distributed.traffic import WAYS, ask, traffic_of
 from s2attn.layout import HeadRange, Layout, read_cu_seqlens
-from s2attn.ops.attention import attention, autocast
-from s2attn.ops.checks import check_cu_seqlens, check_heads, check_scale, check_sinks, check_softcap, check_tensors
+from s2attn.ops.attention import attention
+from s2attn.ops.checks import autocast, check_cu_seqlens, check_heads, check_scale, check_sinks, check_softcap, check_tensors
 from s2attn.ops.selector import Selector
 from s2attn.patterns import Pattern
 
-_agreed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
-"""For each group the hashes of calls that its ranks have found to be alike."""
-_KEEP_CALLS = 4096
+
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """A call after this rank's own checks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    asked: Asked
+    way: str
+    scale: float
+    softcap: float | None
+    fields: dict[str, object]
 
 
-@torch.compiler.disable(reason="plans are made on the host, and collectives with split sizes run as they are")
+@torch.compiler.disable  # plans are made on the host, and collectives with split sizes run eagerly
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -50,6 +60,7 @@ def context_attention(
     layer: int = 0,
     heads: HeadRange | None = None,
     backend: str = "auto",
+    validate: bool = True,
 ) -> Any:
     """`attention` over a sequence of which every rank of a group holds a part of the tokens, the same part of q, k and v.
 
@@ -70,52 +81,93 @@ def context_attention(
             reading them waits for nothing.
         causal, scale, softcap, sinks, return_lse, block, layer, heads, backend: as of `attention`. The gradient of sinks is this rank's
             part, to be summed like those of other replicated parameters.
+        validate: compare the call with those of the other ranks first, and its backward too: an all-gather of 192 bytes, for which the
+            host waits. Without it, ranks that call differently hang or compute wrong results. The same on every rank.
 
     Returns:
         out ``(B, T, H, Dv)`` or ``(T, H, Dv)`` for this rank's queries, with ``return_lse`` also lse ``(B, H, T)`` or ``(H, T)``.
 
     Raises:
-        ValueError, TypeError: a bad argument, before anything is sent; a group of another size than the shards; ranks that call differently
-            (found when a call is new to the group: each rank then sends a hash of what it asked for).
+        ValueError, TypeError: a bad argument, before anything is sent; a group of another size than the shards; with ``validate``, on
+            every rank: ranks that call differently or in another order, call another function, or have a bad argument.
         Unsupported: a selector or a layout in place of the pattern; or what `attention` cannot do.
         RuntimeError: another rank has died or does not answer within the timeout of the group.
     """
-    packed = cu_seqlens is not None
+    ranks = Ranks.of("context_attention", group, validate, q)
+
+    def check() -> _Checked:
+        options = {"block": block, "causal": causal, "layer": layer, "heads": heads}
+        numbers = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        return _check(ranks, (q, k, v), pattern, shards, way, cu_seqlens, numbers, options, backend)
+
+    call = ranks.checked(check)
+    agreed = ranks.agree(call.fields)
+    plan = plan_on(call.asked, ranks.rank, call.way, call.q.device)
+    if isinstance(plan, RingPlan):
+        circle = Circle(plan, agreed, call.scale, call.softcap or 0.0, backend)
+        out, lse = ring_attention(call.q, call.k, call.v, sinks, circle)
+    else:
+        keys, values = bring(call.k, call.v, plan, agreed)
+        options: Any = {"causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": sinks}
+        options |= {"return_lse": True, "backend": backend}
+        out, lse = attention(call.q, keys, values, plan.layout, **options)
+    if cu_seqlens is not None:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    ranks: Ranks,
+    tensors: tuple[Any, Any, Any],
+    pattern: Any,
+    shards: Any,
+    way: Any,
+    cu_seqlens: Tensor | None,
+    numbers: dict[str, Any],
+    options: dict[str, Any],
+    backend: Any,
+) -> _Checked:
+    """The checks of one rank, and what all ranks must have alike."""
+    packed, (q, k, v) = cu_seqlens is not None, tensors
     _check_pattern(pattern)
     check_tensors(q, k, v, packed)
-    check_heads(heads, q)
-    check_sinks(sinks, q)
-    number, cap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
+    check_heads(options["heads"], q)
+    check_sinks(numbers["sinks"], q)
+    scale, softcap = check_scale(numbers["scale"], q.shape[-1]), check_softcap(numbers["softcap"])
     if q.shape[-3] != k.shape[-3]:
         raise bad_value("k", f"must have as many tokens as q, {q.shape[-3]}", k.shape[-3])
     if way != "auto" and way not in WAYS:
         raise bad_value("way", f"must be auto or one of {', '.join(WAYS)}", repr(way))
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
-    group, rank, ranks = _check_group(group)
-    shards = _check_shards(shards, q.shape[-3], ranks)
+    shards = _check_shards(shards, q.shape[-3], ranks.ranks)
     lengths = _lengths(cu_seqlens, shards.seqlen)
-    settings: Any = {"lengths": lengths, "block": block, "causal": causal, "layer": layer, "heads": heads}
-    asked = ask(pattern, q.shape[-2], k.shape[-2], shards, **settings)
+    asked = ask(pattern, q.shape[-2], k.shape[-2], shards, lengths=lengths, **options)
     q, k, v = autocast(q, k, v)
-    pick(backend, q, k, v)  # what no backend here can do is said before anything is sent
+    pick(backend, q, k, v)
     if packed:
         q, k, v = q[None], k[None], v[None]
-    grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    sinks = numbers["sinks"]
+    grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sinks)]
     if way == "auto":
         pair = k.shape[0] * (k.shape[-1] + v.shape[-1])
-        way = traffic_of(asked).fewest(pair * k.element_size(), pair * sum_dtype(k.dtype).itemsize, backward=grad)
-    _agree(group, asked, q, k, v, f"{way};{grad};{q.requires_grad}")
-    plan = plan_on(asked, rank, way, q.device)
-    if isinstance(plan, RingPlan):
-        out, lse = ring_attention(q, k, v, sinks, Circle(plan, group, rank, number, cap or 0.0, backend))
-    else:
-        keys, values = bring(k, v, plan, group)
-        options: Any = {"causal": False, "scale": number, "softcap": cap, "sinks": sinks, "return_lse": True, "backend": backend}
-        out, lse = attention(q, keys, values, plan.layout, **options)
-    if packed:
-        out, lse = out[0], lse[0]
-    return (out, lse) if return_lse else out
+        sizes = pair * k.element_size(), pair * sum_dtype(k.dtype).itemsize
+        way = traffic_of(asked).fewest(*sizes, backward=grad[1] or grad[2])
+    fields = {
+        "shapes": tuple(tuple(x.shape) for x in (q, k, v)),
+        "dtype": str(q.dtype),
+        "pattern": pattern,
+        **{name: options[name] for name in ("layer", "heads", "causal")},
+        "block": asked.block,
+        "shards": f"{shards!r} {shards.digest}",
+        "cu_seqlens": lengths,
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks is not None,
+        "way": way,
+        "requires_grad of q, k, v, sinks": grad,
+    }
+    return _Checked(q, k, v, asked, way, scale, softcap, fields)
 
 
 def _check_pattern(pattern: Any) -> None:
@@ -124,16 +176,6 @@ def _check_pattern(pattern: Any) -> None:
         raise Unsupported("context_attention cannot run", {type(pattern).__name__: [why]})
     if isinstance(pattern, Layout):
         raise Unsupported("context_attention cannot run", {"Layout": ["every rank needs lists of its own, which it makes from a Pattern"]})
-
-
-def _check_group(group: Any) -> tuple[dist.ProcessGroup, int, int]:
-    """The group, this process's rank in it, and its size."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise bad_value("group", "must be a process group; call torch.distributed.init_process_group first", "no process group")
-    group = dist.group.WORLD if group is None else group
-    if not isinstance(group, dist.ProcessGroup):
-        raise bad_kind("group", "must be a ProcessGroup or None", group)
-    return group, dist.get_rank(group), dist.get_world_size(group)
 
 
 def _check_shards(shards: Any, tokens: int, ranks: int) -> Shards:
@@ -155,24 +197,3 @@ def _lengths(cu_seqlens: Tensor | None, total: int) -> tuple[int, ...] | None:
         return None
     check_cu_seqlens(cu_seqlens, cu_seqlens)
     return tuple(after - before for before, after in pairwise(read_cu_seqlens("cu_seqlens", cu_seqlens, total)))
-
-
-def _agree(group: dist.ProcessGroup, asked: Asked, q: Tensor, k: Tensor, v: Tensor, how: str) -> None:
-    """Make sure, once for every kind of call, that all ranks ask for the same: otherwise they would wait for each other for ever."""
-    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), str(q.dtype))
-    plan = (asked.num_heads, asked.num_kv_heads, asked.lengths, asked.block, asked.causal, *(one.to_json() for one in asked.resolved))
-    call = f"{how};{shapes};{plan};{asked.shards.digest}"
-    mine = int.from_bytes(hashlib.sha256(call.encode()).digest()[:7], "big")
-    known = _agreed.setdefault(group, set())
-    if mine in known:
-        return
-    if len(known) >= _KEEP_CALLS:  # on every rank at the same call, as they all make the same ones
-        known.clear()
-    everyone = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=q.device)
-    all_gather(everyone, torch.tensor([mine], device=q.device), group)
-    numbers = everyone.tolist()
-    if len(set(numbers)) > 1:
-        other = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
-        rule = "must be called alike on all ranks (pattern, shards, shapes, dtype, way, requires_grad)"
-        raise bad_value("context_attention", rule, f"another call on ranks {other[:8]} than on rank 0")
-    known.add(mine)

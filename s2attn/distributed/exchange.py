@@ -10,19 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2attn.core import Unsupported
+from s2attn.distributed.agree import Agreed, all_gather
 from s2attn.distributed.plan import ExchangePlan, GatherPlan
 
 
-def bring(k: Tensor, v: Tensor, plan: ExchangePlan | GatherPlan, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def bring(k: Tensor, v: Tensor, plan: ExchangePlan | GatherPlan, agreed: Agreed) -> tuple[Tensor, Tensor]:
     """Local k, v ``(B, T, G, D)`` to slots ``(B, slots, G, D)`` of the plan's layout; differentiable once, by the same ways back."""
     way = _Exchange if isinstance(plan, ExchangePlan) else _Gather
-    return way.apply(k, v, plan, group)
-
-
-def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
-    """`torch.distributed.all_gather_into_tensor`, which torch 2.13 renamed."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(whole, part, group=group)
+    return way.apply(k, v, plan, agreed)
 
 
 def reduce_scatter(total: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
@@ -44,11 +39,11 @@ class _Exchange(torch.autograd.Function):
     """Only needed blocks travel, with split sizes that the plan knows; a row of K and one of V side by side."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, plan: ExchangePlan, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.group, ctx.shape = plan, group, k.shape
+    def forward(ctx: Any, k: Tensor, v: Tensor, plan: ExchangePlan, agreed: Agreed) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.agreed, ctx.shape = plan, agreed, k.shape
         k_rows, v_rows = k.flatten(1, 2), v.flatten(1, 2)
         taken = torch.cat([k_rows.index_select(1, plan.send), v_rows.index_select(1, plan.send)], -1)
-        got = _travel(taken, plan.place_splits, plan.send_splits, group)
+        got = _travel(taken, plan.place_splits, plan.send_splits, agreed.ranks.group)
         slots = plan.layout.seqlen_k * k.shape[2]
         made = []
         for rows, part in ((k_rows, got[..., : k.shape[-1]]), (v_rows, got[..., k.shape[-1] :])):
@@ -63,9 +58,10 @@ class _Exchange(torch.autograd.Function):
         dk, dv = gradients
         if torch.is_grad_enabled():
             raise no_second_derivative()
+        ctx.agreed.backward()
         plan, k_shape = ctx.plan, ctx.shape
         slots = torch.cat([dk, dv], -1).flatten(1, 2)
-        got = _travel(slots.index_select(1, plan.place), plan.send_splits, plan.place_splits, ctx.group)
+        got = _travel(slots.index_select(1, plan.place), plan.send_splits, plan.place_splits, ctx.agreed.ranks.group)
         total = slots.new_zeros(slots.shape[0], plan.rows, slots.shape[-1], dtype=sum_dtype(slots.dtype))
         total.index_copy_(1, plan.own, slots.index_select(1, plan.own_place).to(total.dtype))
         # Rank after rank, and no row twice from one rank: the same order of sums, so the same bits, every time.
@@ -88,11 +84,11 @@ class _Gather(torch.autograd.Function):
     """All keys to everyone, and the sums of their gradients to who holds them."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, plan: GatherPlan, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.group, ctx.shape = plan, group, k.shape
+    def forward(ctx: Any, k: Tensor, v: Tensor, plan: GatherPlan, agreed: Agreed) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.agreed, ctx.shape = plan, agreed, k.shape
         local = torch.cat([k, v], -1).transpose(0, 1).contiguous()  # tokens first: the ranks' parts then follow each other as tokens
         whole = local.new_empty(len(plan.place), *local.shape[1:])
-        all_gather(whole, local, group)
+        all_gather(whole, local, agreed.ranks.group)
         made = []
         for part in (whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]):
             filled = part.new_zeros(k.shape[0], plan.layout.seqlen_k, *part.shape[2:])
@@ -104,9 +100,10 @@ class _Gather(torch.autograd.Function):
         dk, dv = gradients
         if torch.is_grad_enabled():
             raise no_second_derivative()
+        ctx.agreed.backward()
         plan, k_shape = ctx.plan, ctx.shape
         parts = torch.cat([dk, dv], -1).index_select(1, plan.place).transpose(0, 1).to(sum_dtype(dk.dtype)).contiguous()
         total = parts.new_empty(k_shape[1], *parts.shape[1:])
-        reduce_scatter(total, parts, ctx.group)
+        reduce_scatter(total, parts, ctx.agreed.ranks.group)
         total = total.transpose(0, 1).to(dk.dtype)
         return total[..., : k_shape[-1]].contiguous(), total[..., k_shape[-1] :].contiguous(), None, None

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.distributed.agree import Agreed, Ranks
 from s2attn.layout import HeadRange
 from s2attn.ops import attention
+from s2attn.ops.checks import check_softcap, check_tensors
 from s2attn.patterns import Pattern
 
 Project = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -49,6 +51,7 @@ def overlapped_attention(
     first: int | None = None,
     bias: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    validate: bool = True,
     **options: Any,
 ) -> Tensor:
     """A tensor-parallel attention block from its input to its output: ``all_reduce(attention(*project(x)) @ weight.T) + bias``.
@@ -60,23 +63,33 @@ def overlapped_attention(
         x: ``(B, T, E)``, the same on all processes. So is the result, and so must be the gradient that comes for it.
         project: from ``x[:, a:b]`` and a to q ``(B, b - a, H, D)``, k and v of these rows and of this process's heads: projections that
             are cut by columns, rotary angles, norms. It looks at no other rows.
-        pattern: as of `s2attn.attention`; the call is causal.
+        pattern: as of `s2attn.attention`, the same on all processes (``heads`` says which of its heads a process has); the call is causal.
         weight: ``(E, H * Dv)``, this process's columns of the output projection.
         rows, first: rows of a chunk, and of the first one (:func:`row_chunks`).
         bias: ``(E,)``, the same on all processes, added once.
         group: the processes; all of them by default.
+        validate: compare the call with those of the other processes first, and its backward too: an all-gather of 192 bytes, for which
+            the host waits. Without it, processes that call differently hang or compute wrong results. The same on every process.
         options: scale, softcap, sinks, block, layer, heads, backend of `s2attn.attention`.
 
     Raises:
-        ValueError, TypeError: as `s2attn.attention`; sizes that do not fit.
+        ValueError, TypeError: as `s2attn.attention`; sizes that do not fit; with ``validate``, on every process: processes that call
+            differently or in another order, call another function, or have a bad argument.
     """
-    if not isinstance(x, Tensor):
-        raise bad_kind("x", "must be a tensor", x)
-    if x.dim() != 3 or not x.shape[1]:
-        raise bad_value("x", "must have shape (batch, tokens, width), one token or more", tuple(x.shape))
-    _check(pattern, weight, bias, group, options)
-    chunks = row_chunks(x.shape[1], rows, first)
-    sums = _Sums(group)
+    ranks = Ranks.of("overlapped_attention", group, validate, x)
+
+    def check() -> list[range]:
+        if not isinstance(x, Tensor):
+            raise bad_kind("x", "must be a tensor", x)
+        if x.dim() != 3 or not x.shape[1]:
+            raise bad_value("x", "must have shape (batch, tokens, width), one token or more", tuple(x.shape))
+        _check(pattern, weight, bias, ranks, options)
+        return row_chunks(x.shape[1], rows, first)
+
+    chunks = ranks.checked(check)
+    fields = {"shape of x": tuple(x.shape), "requires_grad of x": torch.is_grad_enabled() and x.requires_grad}
+    agreed = ranks.agree(fields | _fields(x, pattern, weight, bias, chunks, options))
+    sums = _Sums(agreed)
     k: Tensor | None = None
     v: Tensor | None = None
     parts = []
@@ -101,6 +114,7 @@ def overlapped_projection(
     first: int | None = None,
     bias: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    validate: bool = True,
     **options: Any,
 ) -> Tensor:
     """``all_reduce(attention(q, k, v) @ weight.T) + bias`` where q, k, v are there already; other keys than new ones may stand before.
@@ -112,16 +126,25 @@ def overlapped_projection(
     Returns:
         ``(B, T, E)``, the same on all processes; so must be the gradient that comes for it.
     """
-    _check(pattern, weight, bias, group, options)
-    if not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in (q, k, v)):
-        raise bad_value("q, k and v", "must be tensors (batch, tokens, heads, head_dim)", [getattr(x, "shape", x) for x in (q, k, v)])
-    past = k.shape[1] - q.shape[1]
-    if past < 0:
-        raise bad_value("k", f"must have as many tokens as q ({q.shape[1]}) or more", k.shape[1])
-    sums = _Sums(group)
+    ranks = Ranks.of("overlapped_projection", group, validate, q)
+
+    def check() -> list[range]:
+        _check(pattern, weight, bias, ranks, options)
+        if not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in (q, k, v)):
+            came = [getattr(x, "shape", x) for x in (q, k, v)]
+            raise bad_value("q, k and v", "must be tensors (batch, tokens, heads, head_dim)", came)
+        check_tensors(q, k, v, False)
+        if k.shape[1] < q.shape[1]:
+            raise bad_value("k", f"must have as many tokens as q ({q.shape[1]}) or more", k.shape[1])
+        _check_columns(weight, q.shape[2] * v.shape[3])
+        return row_chunks(q.shape[1], rows, first)
+
+    chunks = ranks.checked(check)
+    fields = {"(batch, tokens of q, tokens of k)": (*q.shape[:2], k.shape[1])}
+    sums = _Sums(ranks.agree(fields | _fields(q, pattern, weight, bias, chunks, options)))
     parts = []
-    for chunk in row_chunks(q.shape[1], rows, first):
-        seen = past + chunk.stop
+    for chunk in chunks:
+        seen = k.shape[1] - q.shape[1] + chunk.stop
         parts.append(_projected(q[:, chunk.start : chunk.stop], k[:, :seen], v[:, :seen], pattern, weight, sums, options))
     out = _Joined.apply(sums, *parts)
     return out if bias is None else out + bias
@@ -130,12 +153,34 @@ def overlapped_projection(
 def _projected(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, weight: Tensor, sums: _Sums, options: dict[str, Any]) -> Tensor:
     """This process's share of a chunk of the output, which is being summed."""
     out = attention(q, k, v, pattern, **options).flatten(2)
-    if out.shape[-1] != weight.shape[1]:
-        raise bad_value("weight", f"must have {out.shape[-1]} columns, heads times width of v", tuple(weight.shape))
+    _check_columns(weight, out.shape[-1])
     return _Sum.apply(functional.linear(out, weight), sums)
 
 
-def _check(pattern: Pattern, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, options: dict[str, Any]) -> None:
+def _check_columns(weight: Tensor, columns: int) -> None:
+    if weight.shape[1] != columns:
+        raise bad_value("weight", f"must have {columns} columns, heads times width of v", tuple(weight.shape))
+
+
+def _fields(like: Tensor, pattern: Pattern, weight: Tensor, bias: Any, chunks: list[range], options: dict[str, Any]) -> dict[str, object]:
+    """What all processes must have alike: all but the heads that each of them has."""
+    known = {"layer": 0, "block": None, "scale": None, "softcap": None, "backend": "auto"}
+    given = {name: options.get(name, default) for name, default in known.items()}
+    heads = options.get("heads")
+    return {
+        "dtype": str(like.dtype),
+        "pattern": pattern,
+        "rows": [len(chunk) for chunk in chunks],
+        "rows of weight": weight.shape[0],
+        "bias": bias is not None,
+        **given,
+        "sinks": options.get("sinks") is not None,
+        "heads": (heads.num_heads, heads.num_kv_heads) if isinstance(heads, HeadRange) else heads,
+        "options": sorted(set(options) - set(known) - {"sinks", "heads"}),
+    }
+
+
+def _check(pattern: Any, weight: Any, bias: Any, ranks: Ranks, options: dict[str, Any]) -> None:
     if not isinstance(pattern, Pattern):
         raise bad_kind("pattern", "must be a Pattern", pattern)
     if not isinstance(weight, Tensor):
@@ -148,21 +193,28 @@ def _check(pattern: Pattern, weight: Tensor, bias: Tensor | None, group: dist.Pr
     if others:
         raise bad_value("options", "must be scale, softcap, sinks, block, layer, heads or backend: rows are causal, and not packed", others)
     heads = options.get("heads")
-    if isinstance(heads, HeadRange) and heads.num_heads != (heads.end - heads.start) * dist.get_world_size(group):
+    if isinstance(heads, HeadRange) and heads.num_heads != (heads.end - heads.start) * ranks.ranks:
         rule = f"must have {heads.num_heads // (heads.end - heads.start)} processes, each with its part of the {heads.num_heads} heads"
-        raise bad_value("group", rule, dist.get_world_size(group))
+        raise bad_value("group", rule, ranks.ranks)
+    check_softcap(options.get("softcap"))
 
 
 class _Sums:
     """Sums over processes that are under way."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, agreed: Agreed) -> None:
+        self.agreed = agreed
         self._works: list[Any] = []
 
     def start(self, part: Tensor) -> None:
         """Begin to sum ``part``, contiguous, in place."""
-        self._works.append(begin_sum(part.detach(), self.group))
+        self._works.append(begin_sum(part.detach(), self.agreed.ranks.group))
+
+    def start_back(self, part: Tensor) -> None:
+        """The same for a gradient; before the first one of a backward, processes compare which call it belongs to."""
+        if not self._works:
+            self.agreed.backward()
+        self.start(part)
 
     def wait(self) -> None:
         """Until all that was begun has ended: the stream of a GPU waits, or this thread."""
@@ -171,7 +223,7 @@ class _Sums:
             work.wait()
 
 
-def begin_sum(part: Tensor, group: dist.ProcessGroup | None) -> Any:
+def begin_sum(part: Tensor, group: dist.ProcessGroup) -> Any:
     """Start an all-reduce in place; what comes back has ``wait()``."""
     return dist.all_reduce(part, group=group, async_op=True)
 
@@ -229,5 +281,5 @@ class _SumBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad = grads[0].clone(memory_format=torch.contiguous_format)
-        ctx.sums.start(grad)
+        ctx.sums.start_back(grad)
         return grad, None

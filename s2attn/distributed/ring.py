@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2attn.backends.checks import lse_dtype
+from s2attn.distributed.agree import Agreed
 from s2attn.distributed.exchange import no_second_derivative, sum_dtype
 from s2attn.distributed.plan import RingPlan
 from s2attn.layout import Layout
@@ -23,8 +24,7 @@ class Circle:
     """The group as a ring, seen from one rank, and how its attention calls are made."""
 
     plan: RingPlan
-    group: dist.ProcessGroup
-    rank: int
+    agreed: Agreed
     scale: float
     softcap: float
     backend: str
@@ -32,6 +32,10 @@ class Circle:
     @property
     def ranks(self) -> int:
         return len(self.plan.places)
+
+    @property
+    def rank(self) -> int:
+        return self.agreed.ranks.rank
 
     def holder(self, turn: int) -> int:
         """Whose keys are here at a turn."""
@@ -41,10 +45,11 @@ class Circle:
         """Start to send contiguous tensors to the next rank, and return where those of the one before will be, with what to wait for."""
         if self.ranks == 1:
             return list(tensors), []
-        after, before = (dist.get_global_rank(self.group, (self.rank + step) % self.ranks) for step in (1, -1))
+        group = self.agreed.ranks.group
+        after, before = (dist.get_global_rank(group, (self.rank + step) % self.ranks) for step in (1, -1))
         arriving = [torch.empty_like(tensor) for tensor in tensors]
-        moves = [dist.P2POp(dist.isend, tensor, after, self.group) for tensor in tensors]
-        moves += [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in arriving]
+        moves = [dist.P2POp(dist.isend, tensor, after, group) for tensor in tensors]
+        moves += [dist.P2POp(dist.irecv, tensor, before, group) for tensor in arriving]
         return arriving, dist.batch_isend_irecv(moves)
 
     def slots(self, chunk: Tensor, holder: int) -> Tensor:
@@ -95,6 +100,7 @@ class _Ring(torch.autograd.Function):
         dout, dlse = gradients
         if torch.is_grad_enabled():
             raise no_second_derivative()
+        ctx.circle.agreed.backward()
         q, k, v, sinks, out, lse = ctx.saved_tensors
         circle, width, chunk = ctx.circle, k.shape[-1], torch.cat([k, v], -1)
         dq = torch.zeros_like(q, dtype=sum_dtype(q.dtype))

@@ -16,6 +16,9 @@ from s2attn.patterns.runs import Array, ranges
 
 NAMED = ("contiguous", "zigzag")
 """Shardings that a length and a number of ranks say everything about."""
+MOST_RANKS = 1 << 16
+MOST_TOKENS = 1 << 40
+"""Larger numbers are taken for mistakes: plans count in int64, and lists grow with the ranks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class Shards:
     length: Array
 
     def __post_init__(self) -> None:
-        seqlen, ranks = check_int("shards seqlen", self.seqlen, 1), check_int("shards ranks", self.ranks, 1)
+        seqlen, ranks = check_int("shards seqlen", self.seqlen, 1, MOST_TOKENS), check_int("shards ranks", self.ranks, 1, MOST_RANKS)
         if seqlen % ranks:
             raise bad_value("shards seqlen", f"must be a multiple of the number of ranks ({ranks})", seqlen)
         for name in ("rank", "start", "length"):
@@ -68,12 +71,12 @@ class Shards:
     @classmethod
     def contiguous(cls, seqlen: int, ranks: int) -> Shards:
         """Rank r holds the r-th of ``ranks`` equal parts; ``seqlen`` is a multiple of ``ranks``."""
-        return cls.of_chunks(seqlen, [[rank] for rank in range(check_int("ranks", ranks, 1))])
+        return cls.of_chunks(seqlen, [[rank] for rank in range(check_int("ranks", ranks, 1, MOST_RANKS))])
 
     @classmethod
     def zigzag(cls, seqlen: int, ranks: int) -> Shards:
         """Rank r holds the r-th part of ``2 * ranks`` and the r-th from the end, which evens causal work; as Megatron-core has it."""
-        return cls.of_chunks(seqlen, [[rank, 2 * ranks - 1 - rank] for rank in range(check_int("ranks", ranks, 1))])
+        return cls.of_chunks(seqlen, [[rank, 2 * ranks - 1 - rank] for rank in range(check_int("ranks", ranks, 1, MOST_RANKS))])
 
     @classmethod
     def named(cls, name: str, seqlen: int, ranks: int) -> Shards:
@@ -89,7 +92,7 @@ class Shards:
         >>> Shards.of_chunks(80, [[0, 1], [2, 3]]).length.tolist()
         [40, 40]
         """
-        seqlen = check_int("seqlen", seqlen, 1)
+        seqlen = check_int("seqlen", seqlen, 1, MOST_TOKENS)
         counts = np.array([len(mine) for mine in chunks])
         rank = np.repeat(np.arange(len(chunks)), counts)
         part = np.array([number for mine in chunks for number in mine], dtype=np.int64)

@@ -18,6 +18,9 @@ from s2attn.patterns.runs import Array
 
 WAYS = ("all-gather", "exchange", "ring")
 """Ways to bring keys to the ranks that read them; where bytes are equal, the first one is taken."""
+MOST_HEADS = 1 << 16
+MOST_BLOCKS = 1 << 24
+"""Key blocks of a plan: memory grows with them, about 100 bytes each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +135,19 @@ def ask(
         raise bad_kind("pattern", f"must be a Pattern{hint}", pattern)
     if not isinstance(shards, Shards):
         raise bad_kind("shards", "must be Shards", shards)
-    num_heads, num_kv_heads = check_int("num_heads", num_heads, 1), check_int("num_kv_heads", num_kv_heads, 1)
+    num_heads = check_int("num_heads", num_heads, 1, MOST_HEADS)
+    num_kv_heads = check_int("num_kv_heads", num_kv_heads, 1, MOST_HEADS)
     if num_heads % num_kv_heads:
         raise bad_value("num_kv_heads", f"must divide num_heads ({num_heads})", num_kv_heads)
     lengths = (shards.seqlen,) if lengths is None else lengths
     if sum(lengths) != shards.seqlen:
         raise bad_value("cu_seqlens", f"must end at the number of tokens of all ranks together, {shards.seqlen}", sum(lengths))
+    size = default_block(pattern) if block is None else check_block("block", block)
+    if sum(-(-length // size) for length in lengths) > MOST_BLOCKS:
+        rule = f"must be at most {MOST_BLOCKS} blocks of {size} tokens"
+        raise bad_value("seqlen", rule, f"{shards.seqlen} tokens")
     everyone = heads or HeadRange(0, num_heads, num_heads, num_kv_heads)
     resolved = layout_heads(pattern, everyone, num_kv_heads, check_int("layer", layer, 0))
-    size = default_block(pattern) if block is None else check_block("block", block)
     return Asked(resolved, num_heads, num_kv_heads, shards, tuple(lengths), size, bool(causal))
 
 

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value
+from s2attn.distributed.agree import Agreed, Ranks
 from s2attn.distributed.heads import head_range
+from s2attn.layout import HeadRange
 from s2attn.ops import attention
-from s2attn.ops.checks import autocast, check_tensors
+from s2attn.ops.checks import autocast, check_scale, check_sinks, check_softcap, check_tensors
 from s2attn.patterns import Pattern
 
 
@@ -41,44 +43,78 @@ def ulysses_attention(
         group: the processes, in the order of their parts; all of them by default.
         sinks: all heads' ``(H,)``, the same on every process. Like a weight's, its gradient is a sum over processes.
         return_lse: also return the lse, ``(B, H, t)`` or ``(H, t)``.
-        validate: exchange shapes first and wait for them, so that processes that disagree raise an error. Without it all processes must
-            have the same number of tokens.
+        validate: exchange shapes and compare the call with those of the other processes first, and the backward of each exchange too: an
+            all-gather of 192 bytes, for which the host waits. Without it, processes that call differently hang or compute wrong results,
+            and all must have the same number of tokens. The same on every process.
         options: causal, scale, softcap, cu_seqlens_q, cu_seqlens_k, block, layer, backend of `s2attn.attention`.
 
     Raises:
-        ValueError, TypeError: as `s2attn.attention`; heads that the number of processes does not divide; or processes that disagree, which
-            each of them is told.
+        ValueError, TypeError: as `s2attn.attention`; heads that the number of processes does not divide; with ``validate``, on every
+            process: processes that call differently or in another order, call another function, or have a bad argument.
     """
-    if not isinstance(pattern, Pattern):
-        raise bad_kind("pattern", "must be a Pattern", pattern)
-    if "heads" in options:
-        raise bad_value("heads", "must be left out: every process holds all heads of its tokens", options["heads"])
+    ranks = Ranks.of("ulysses_attention", group, validate, q)
     packed = options.get("cu_seqlens_q") is not None
-    check_tensors(q, k, v, packed)
+    heads = ranks.checked(lambda: _check(ranks, q, k, v, pattern, sinks, packed, options))
     q, k, v = autocast(q, k, v)
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    heads = head_range(rank, ranks, num_heads=q.shape[-2], num_kv_heads=k.shape[-2])
-    tokens_q, tokens_k = _tokens(q, k, v, ranks, group, packed) if validate else ((q.shape[-3],) * ranks, (k.shape[-3],) * ranks)
+    fields = _fields(q, k, v, pattern, sinks, packed, options)
+    agreed = ranks.agree(fields, (q.shape[-3], k.shape[-3]))
+    tokens = agreed.own or [[q.shape[-3], k.shape[-3]]] * ranks.ranks
+    to_q, to_k = (_Parts(tuple(row[i] for row in tokens), agreed) for i in (0, 1))
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    if k.shape[2] < ranks:  # a KV head for each process: autograd sums what comes back for it
-        k, v = (x.repeat_interleave(ranks // x.shape[2], dim=2) for x in (k, v))
-    to_q, to_k = _Parts(tokens_q, group), _Parts(tokens_k, group)
-    q, k, v = heads_for_tokens(q, to_q), heads_for_tokens(k, to_k), heads_for_tokens(v, to_k)
+    if k.shape[2] < ranks.ranks:  # a KV head for each process: autograd sums what comes back for it
+        k, v = (x.repeat_interleave(ranks.ranks // x.shape[2], dim=2) for x in (k, v))
+    q, k, v = (heads_for_tokens(x, parts, name) for x, parts, name in ((q, to_q, "q"), (k, to_k, "k"), (v, to_k, "v")))
     mine = None if sinks is None else sinks[heads.start : heads.end]
     if packed:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
     result = attention(q, k, v, pattern, heads=heads, sinks=mine, return_lse=return_lse, **options)
     out, lse = result if return_lse else (result, None)
-    out = _back(out, to_q, packed)
+    out = _back(out, to_q, packed, "out")
     if lse is None:
         return out
-    lse = _back(lse.transpose(-1, -2).unsqueeze(-1), to_q, packed)
+    lse = _back(lse.transpose(-1, -2).unsqueeze(-1), to_q, packed, "lse")
     return out, lse.squeeze(-1).transpose(-1, -2)
 
 
-def _back(x: Tensor, parts: _Parts, packed: bool) -> Tensor:
-    return tokens_for_heads(x.unsqueeze(0), parts).squeeze(0) if packed else tokens_for_heads(x, parts)
+def _check(ranks: Ranks, q: Any, k: Any, v: Any, pattern: Any, sinks: Any, packed: bool, options: dict[str, Any]) -> HeadRange:
+    """The checks of one process, and the heads that it computes."""
+    if not isinstance(pattern, Pattern):
+        raise bad_kind("pattern", "must be a Pattern", pattern)
+    if "heads" in options:
+        rule = "must be left out: every process holds all heads of its tokens"
+        raise bad_value("heads", rule, options["heads"])
+    check_tensors(q, k, v, packed)
+    check_sinks(sinks, q)
+    check_scale(options.get("scale"), q.shape[-1])
+    check_softcap(options.get("softcap"))
+    return head_range(ranks.rank, ranks.ranks, num_heads=q.shape[-2], num_kv_heads=k.shape[-2])
+
+
+def _fields(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, sinks: Any, packed: bool, options: dict[str, Any]) -> dict[str, object]:
+    """What all processes must have alike."""
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sinks)]
+    shape = (None if packed else q.shape[0], *q.shape[-2:], k.shape[-2], v.shape[-1])
+    known = {"layer": 0, "block": None, "causal": True, "scale": None, "softcap": None, "backend": "auto"}
+    given = {name: options.get(name, default) for name, default in known.items()}
+    packing = [options.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    others = {name for name in options if name not in known and not name.startswith("cu_seqlens_")}
+    return {
+        "(batch, heads, head_dim, KV heads, width of v)": shape,
+        "dtype": str(q.dtype),
+        "pattern": pattern,
+        **given,
+        "cu_seqlens": [x.tolist() if isinstance(x, Tensor) else x for x in packing],
+        "sinks": sinks is not None,
+        "requires_grad of q, k, v, sinks": needed,
+        "options": sorted(others),
+    }
+
+
+def _back(x: Tensor, parts: _Parts, packed: bool, name: str) -> Tensor:
+    if packed:
+        return tokens_for_heads(x.unsqueeze(0), parts, name).squeeze(0)
+    return tokens_for_heads(x, parts, name)
 
 
 @dataclass(frozen=True)
@@ -86,38 +122,43 @@ class _Parts:
     """How a sequence is cut: tokens of each process of a group."""
 
     tokens: tuple[int, ...]
-    group: dist.ProcessGroup | None
+    agreed: Agreed
 
     @property
     def ranks(self) -> int:
         return len(self.tokens)
 
     @property
+    def group(self) -> dist.ProcessGroup:
+        return self.agreed.ranks.group
+
+    @property
     def mine(self) -> int:
-        return self.tokens[dist.get_rank(self.group)]
+        return self.tokens[self.agreed.ranks.rank]
 
 
-def heads_for_tokens(x: Tensor, parts: _Parts) -> Tensor:
+def heads_for_tokens(x: Tensor, parts: _Parts, name: str) -> Tensor:
     """``(B, t, H, D)`` of all heads and a part of the tokens -> ``(B, T, H / n, D)`` of a part of the heads and all tokens."""
-    return _Exchange.apply(x, parts, True)
+    return _Exchange.apply(x, parts, True, name)
 
 
-def tokens_for_heads(x: Tensor, parts: _Parts) -> Tensor:
+def tokens_for_heads(x: Tensor, parts: _Parts, name: str) -> Tensor:
     """``(B, T, H / n, D)`` -> ``(B, t, H, D)``, the inverse."""
-    return _Exchange.apply(x, parts, False)
+    return _Exchange.apply(x, parts, False, name)
 
 
 class _Exchange(torch.autograd.Function):
     """Either exchange; each is the other's backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: _Parts, to_heads: bool) -> Tensor:
-        ctx.parts, ctx.to_heads = parts, to_heads
+    def forward(ctx: Any, x: Tensor, parts: _Parts, to_heads: bool, name: str) -> Tensor:
+        ctx.parts, ctx.to_heads, ctx.name = parts, to_heads, name
         return _to_heads(x, parts) if to_heads else _to_tokens(x, parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return _Exchange.apply(grads[0], ctx.parts, not ctx.to_heads), None, None
+        ctx.parts.agreed.backward(ctx.name)
+        return _Exchange.apply(grads[0], ctx.parts, not ctx.to_heads, ctx.name), None, None, None
 
 
 def _to_heads(x: Tensor, parts: _Parts) -> Tensor:
@@ -139,19 +180,3 @@ def _to_tokens(x: Tensor, parts: _Parts) -> Tensor:
     got = x.new_empty(parts.ranks, batch, parts.mine, each, width)
     dist.all_to_all_single(got.view(-1), sent, [batch * parts.mine * each * width] * parts.ranks, sizes, group=parts.group)
     return got.movedim(0, 2).flatten(2, 3)
-
-
-def _tokens(
-    q: Tensor, k: Tensor, v: Tensor, ranks: int, group: dist.ProcessGroup | None, packed: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of q and of k on every process, once all other sizes are known to agree."""
-    place = 0 if packed else 1
-    sizes = [0 if packed else q.shape[0], *q.shape[-2:], k.shape[-2], v.shape[-1], q.element_size()]
-    said = torch.tensor([*sizes, q.shape[place], k.shape[place]], device=q.device)
-    everyone = [torch.empty_like(said) for _ in range(ranks)]
-    dist.all_gather(everyone, said, group=group)
-    rows = torch.stack(everyone).tolist()
-    if any(row[: len(sizes)] != rows[0][: len(sizes)] for row in rows):
-        rule = "must agree in (batch, heads, head_dim, KV heads, width of values, bytes of a number) on all processes"
-        raise bad_value("q, k and v", rule, [tuple(row[: len(sizes)]) for row in rows])
-    return tuple(row[-2] for row in rows), tuple(row[-1] for row in rows)

@@ -90,7 +90,7 @@ def read_record(path: Path) -> Record:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"record must be JSON; got {path}: {error}") from None
     if not isinstance(record, dict) or record.get("schema") not in range(1, SCHEMA + 1) or "rows" not in record:
         raise ValueError(f"record must be a benchmark's record of schema 1 to {SCHEMA}; got {path}")

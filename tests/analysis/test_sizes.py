@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from s2attn.lab.context import describe_context
-from s2attn.lab.reach import reach
 from typer.testing import CliRunner
 
 import s2attn
 from s2attn import Dense, Local, Stride
+from s2attn.analysis.context import describe_context
+from s2attn.analysis.reach import reach
 from s2attn.cli.app import app
 
 BIG = 10**9

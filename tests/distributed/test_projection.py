@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -196,6 +197,19 @@ def test_a_group_of_another_size_is_refused(ended: list[Ended]) -> None:
         assert found["refused"] == "group must have 4 processes, each with its part of the 16 heads; got 2"
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_without_a_process_group_it_says_so() -> None:
+    q = torch.zeros(1, 8, 4, 8)
+    with pytest.raises(ValueError, match=r"group must be a process group; call torch.distributed"):
+        overlapped_projection(q, q, q, Window(4), torch.zeros(5, 32), rows=4)
+
+
 def test_chunks_cover_all_rows_once() -> None:
     for tokens in (1, 5, 64, 65):
         for rows in (1, 16, 100):
@@ -219,6 +233,7 @@ def test_chunks_cover_all_rows_once() -> None:
         ({"q": torch.zeros(8, 4, 8)}, ValueError, "q, k and v must be tensors"),
     ],
 )
+@pytest.mark.usefixtures("group_of_one")
 def test_what_cannot_be_right_is_refused(change: dict[str, Any], error: type[Exception], said: str) -> None:
     call: dict[str, Any] = {"q": torch.zeros(1, 8, 4, 8), "k": torch.zeros(1, 8, 2, 8), "v": torch.zeros(1, 8, 2, 8)}
     call |= {"pattern": Window(4), "weight": torch.zeros(5, 32), "rows": 4} | change

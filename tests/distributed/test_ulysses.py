@@ -122,7 +122,7 @@ def test_parts_of_a_sequence_give_the_rows_and_gradients_of_the_whole(ended: lis
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("batch", "ValueError: q, k and v must agree in (batch, heads, head_dim, KV heads, width of values, bytes of a number)"),
+        ("batch", "ValueError: ulysses_attention must be called alike on all ranks; got (batch, heads, head_dim, KV heads, width of v)"),
         ("heads", "ValueError: num_heads must be a multiple of ranks (4); got 6"),
         ("range", "ValueError: heads must be left out"),
         ("layout", "TypeError: pattern must be a Pattern; got Layout"),

@@ -93,10 +93,42 @@ def test_a_folder_that_does_not_exist_and_a_split_that_leaves_nothing_are_refuse
     (tmp_path / "one.txt").write_text("text\n")
     with pytest.raises(ValueError, match=r"data.split must leave text for training and validation \(of 1 files\); .* got 'file'"):
         read_documents(str(tmp_path), split="file")
-    with pytest.raises(ValueError, match=r"data.split must be one of package, file, tail; got 'half'"):
+    with pytest.raises(ValueError, match=r"data.split must be one of auto, package, file, tail; got 'half'"):
         read_documents(str(tmp_path), split="half")
     with pytest.raises(ValueError, match=r"data.percent must be below 100; got 100"):
         read_documents(str(tmp_path), percent=100)
+
+
+FOLDERS = {
+    "one file": {"one.txt": 4000},
+    "two files": {"a.txt": 3000, "b.txt": 3000},
+    "a flat folder": {f"m{i}.txt": 200 + 7 * i for i in range(40)},
+    "one subfolder": {f"pages/m{i}.txt": 500 for i in range(12)},
+    "two subfolders": {f"{part}/m{i}.txt": 300 for part in ("a", "b") for i in range(20)},
+    "many tiny files": {f"m{i}.txt": 9 for i in range(400)},
+    "one large file among small ones": {"large.txt": 90_000, **{f"m{i}.txt": 50 for i in range(200)}},
+    "packages": {f"package{i}/m{j}.txt": 100 for i in range(100) for j in range(3)},
+}
+
+
+@pytest.mark.parametrize("files", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("percent", [1, 5, 30, 90])
+def test_the_default_split_works_for_any_folder_with_enough_text(tmp_path: Path, files: dict[str, int], percent: int) -> None:
+    for name, size in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x" * size)
+    found = read_documents(str(tmp_path), percent=percent)
+    kept, total = sum(map(len, found.validation)), sum(files.values())
+    assert sum(map(len, found.train)) + kept == total
+    assert percent / 4 <= 100 * kept / total <= min(4 * percent, 99)
+    again = read_documents(str(tmp_path), split=found.split, percent=percent)
+    assert again == found, "a split that is named is the one that was taken"
+
+
+def test_the_default_split_keeps_packages_together_where_it_can(folder: Path) -> None:
+    assert read_documents(str(folder), percent=30).split == "package"
+    assert read_documents("stdlib").split == "package"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -168,6 +200,7 @@ def test_rows_longer_than_the_text_are_refused() -> None:
     tokens, short = Tokens.of(TEXTS, Bytes()), Tokens.of(["abc"], Bytes())
     with pytest.raises(ValueError, match=r"train.context must not be above the tokens of the training text \(4\); got 16"):
         Packed(short, tokens, Rows(1, 16))
-    with pytest.raises(ValueError, match=r"train.context must not be above the tokens of the validation text \(4\); got 16"):
+    rule = r"train.context must not be above the tokens of the validation text \(4\); a larger data.percent may help; got 16"
+    with pytest.raises(ValueError, match=rule):
         Packed(tokens, short, Rows(1, 16))
     assert Packed(short, short, Rows(1, 4)).train(0).targets.tolist() == [[97, 98, 99, END]]

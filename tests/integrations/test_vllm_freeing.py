@@ -87,6 +87,22 @@ def test_the_longest_hit_is_the_longest_that_lacks_nothing(
     assert asked == list(range(len(asked)))
 
 
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 18, 33, 34, 35])
+def test_what_is_needed_behind_a_hit_is_exact_to_the_token(tokens: int, size: int) -> None:
+    """With windows of 2, 18 and 34 tokens the last query that reads a block is the first one behind a hit."""
+    pattern = Window(tokens)
+    lives, read = Lifetimes.of(model_of(pattern), 0, size), reads(pattern, 0, size)
+    for count in range(LONGEST // size):
+        assert lives.needed(count).tolist() == read[count * size :].any(0)[:count].tolist()
+        # What is needed, and nothing else, must be cached for the hit.
+        assert lives.longest_hit(lives.needed(count).tolist().__getitem__, count, 1) == count
+        for lost in np.flatnonzero(lives.needed(count)):
+            cached = np.ones(count, dtype=bool)
+            cached[lost] = False
+            assert lives.longest_hit(cached.tolist().__getitem__, count, 1) < count
+
+
 def test_a_block_lives_as_long_as_the_head_that_needs_it_longest() -> None:
     """The price of one block table for all heads: heads with strides of their own free nothing together."""
     apart = Local(1, block=16) | Stride(2, block=16)

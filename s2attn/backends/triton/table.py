@@ -84,7 +84,7 @@ def read_table(path: Path) -> dict[Situation, Tiles]:
         if data["schema"] != SCHEMA:
             raise bad_value("schema", f"must be {SCHEMA}", data["schema"])
         return dict(_row(row) for row in data["rows"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} must be a table written by s2attn tune; got {type(error).__name__}: {error}") from error
 
 

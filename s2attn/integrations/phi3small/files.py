@@ -98,7 +98,7 @@ def _read_json(path: Path) -> Any:
         raise bad_value("folder", f"must hold {path.name}", str(path.parent))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad_value(str(path), "must be JSON", str(error)) from error
 
 

@@ -45,17 +45,16 @@ def check_version(version: str) -> None:
 
 
 def register() -> None:
-    """Tell vLLM of the attention backend and of the KV cache that goes with it; again is the same as once.
+    """Tell vLLM of the attention backend; again is the same as once. The KV cache registers itself when a layer asks for it.
 
     Raises:
         Unsupported: a version of vLLM that was not tested, or none.
+        ImportError, AttributeError: a vLLM that lacks what this version should have.
     """
     with requires(_CANNOT, "vllm", "vllm"):
         import vllm
     check_version(vllm.__version__)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    from s2attn.integrations.vllm.cache import register_cache
 
     name_backend()
     if os.environ.get(ON_CPU) == "1":
@@ -63,7 +62,6 @@ def register() -> None:
         for name in ("CPU_ATTN", "CPU_MLA", "AMX_MLA"):
             if name in AttentionBackendEnum.__members__:
                 register_backend(AttentionBackendEnum[name], f"{_PATH}.S2CpuBackend")
-    register_cache()
 
 
 def name_backend() -> Any:
@@ -79,11 +77,17 @@ def name_backend() -> Any:
 
 
 def plugin() -> None:
-    """What vLLM calls when it starts: :func:`register`, but a vLLM that is not supported goes on without us and says so."""
+    """The entry point: :func:`register`, except that every error is logged and vLLM starts without S2ATTN.
+
+    vLLM runs plug-ins unguarded in every process, also where another backend was chosen.
+    """
     try:
         register()
-    except Unsupported as error:
-        logging.getLogger("vllm.s2attn").warning("%s is not available: %s", NAME, error)
+    except Exception as error:
+        expected = isinstance(error, Unsupported)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        log = logging.getLogger("vllm.s2attn")
+        log.warning("%s is not available: %s", NAME, reason, exc_info=not expected)
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ class S2CacheManager(SingleTypeKVCacheManager):
         lifetimes = kv_cache_spec.lifetimes
         multiple = max(1, alignment_tokens // size)
         count = lifetimes.longest_hit(cached, min(max_length // size, len(hashes)), multiple)
-        read = (lifetimes.last[:count] >= count * size).tolist()
+        read = lifetimes.needed(count).tolist()
         null = block_pool.null_block
         hit = tuple(
             [blocks[group] if needed and blocks is not None else null for needed, blocks in zip(read, found[:count], strict=True)]
@@ -121,8 +121,7 @@ class S2CacheManager(SingleTypeKVCacheManager):
         return hit, count * size
 
 
-def register_cache() -> None:
-    """Tell vLLM who manages an `S2CacheSpec`."""
-    # Its own kinds must be there first: a registry that is not empty is taken for complete.
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(S2CacheSpec, S2CacheManager)
+# On import: in the process of the layers, and where their specs are unpickled. At the start of vLLM it would be too early, since vLLM's own
+# kinds, which must be there first (a registry that is not empty is taken for complete), may depend on its configuration.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(S2CacheSpec, S2CacheManager)

@@ -99,6 +99,14 @@ class Lifetimes:
         first, end = np.searchsorted(ends, [before, processed], side="right")
         return np.sort(order[first:end])
 
+    def needed(self, count: int) -> Array:
+        """Which of the first ``count`` blocks a query behind them reads, ``(count,)`` bool.
+
+        >>> Lifetimes(np.array([31, 32, 63]), 16).needed(2).tolist()
+        [False, True]
+        """
+        return self.last[:count] >= count * self.block_size
+
     def most_held(self, in_flight: int) -> int:
         """Blocks that one request holds at most, when up to ``in_flight`` tokens are scheduled and not yet processed.
 
