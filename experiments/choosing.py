@@ -12,7 +12,7 @@ from torch import Tensor
 from experiments.data import validation_batches
 from experiments.model import LanguageModel
 from experiments.recall import captured, recall
-from s2attn.core import bad_value, check_block, check_int
+from s2attn.core import StrPath, as_path, bad_value, check_block, check_int, write_text
 from s2attn.selectors import FlexPrefill, MeanPool, Selector, VerticalSlash, XAttention, calibrate
 from s2attn.selectors.planted import STRUCTURES, Sample, planted
 
@@ -93,9 +93,10 @@ def calibrated(selector: XAttention, layers: Sequence[Sequence[Sample]], target:
     return table, judged
 
 
-def write_thresholds(selector: XAttention, target: float, path: Path) -> Path:
+def write_thresholds(selector: XAttention, target: float, path: StrPath) -> Path:
     """Write ``{"selector": the arguments of XAttention, "target": ...}`` as JSON."""
+    path = as_path("path", path)
     fields: dict[str, Any] = {"stride": selector.stride, "block": selector.block, "threshold": selector.threshold}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"selector": fields, "target": target}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"selector": fields, "target": target}, indent=1) + "\n")
     return path

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.data import END_OF_FILE, VOCABULARY
 from experiments.training.files import write_file
-from s2attn.core import bad_value, check_int, requires
+from s2attn.core import StrPath, as_path, bad_value, check_int, requires
 
 END = END_OF_FILE
 """Stands before each document and after the last one; no text holds it."""
@@ -56,7 +56,8 @@ class Bytes:
     def decode(self, tokens: Iterable[int]) -> bytes:
         return bytes(tokens)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
+        folder = as_path("folder", folder)
         """Nothing has to be kept."""
 
 
@@ -87,12 +88,13 @@ class BytePairs:
         return cls._of(inner)
 
     @classmethod
-    def load(cls, path: Path) -> BytePairs:
+    def load(cls, path: StrPath) -> BytePairs:
         """The tokenizer that :meth:`save` wrote.
 
         Raises:
             ValueError: the file is no tokenizer.
         """
+        path = as_path("path", path)
         with requires("byte pairs cannot be read", "tokenizers", "experiments"):
             from tokenizers import Tokenizer as Inner
         try:
@@ -117,17 +119,20 @@ class BytePairs:
     def decode(self, tokens: Iterable[int]) -> bytes:
         return self.inner.decode(list(tokens), skip_special_tokens=False).encode()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
+        folder = as_path("folder", folder)
         write_file(folder / FILE, self.inner.to_str())
 
 
-def tokenizer_in(folder: Path) -> Tokenizer:
+def tokenizer_in(folder: StrPath) -> Tokenizer:
     """The tokenizer of a checkpoint: byte pairs where their file lies there, bytes elsewhere."""
+    folder = as_path("folder", folder)
     return BytePairs.load(folder / FILE) if (folder / FILE).is_file() else Bytes()
 
 
-def read_tokens(folder: Path, raw: bytes) -> list[int]:
+def read_tokens(folder: StrPath, raw: bytes) -> list[int]:
     """The contents of a text file in the tokens of the model in ``folder``."""
+    folder = as_path("folder", folder)
     tokenizer = tokenizer_in(folder)
     if isinstance(tokenizer, Bytes):  # any bytes will do
         return list(raw)

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from s2attn.core import bad_value
+from s2attn.core import StrPath, bad_value
 from s2attn.patterns import PRESETS, Pattern, Recipe, parse_pattern, preset
 from s2attn.patterns.parse import shown
 
@@ -33,8 +33,9 @@ def read_what(what: str, name: str = "WHAT") -> Pattern | Recipe:
     return parse_pattern(what)
 
 
-def read_file(path: Path, name: str = "WHAT") -> Pattern | Recipe:
+def read_file(path: StrPath, name: str = "WHAT") -> Pattern | Recipe:
     """The pattern or recipe in a JSON file."""
+    path = as_path("path", path)
     if not os.path.isfile(path):
         raise bad_value(name, "must name a JSON file that exists", shown(str(path)))
     text = path.read_text(encoding="utf-8", errors="replace")

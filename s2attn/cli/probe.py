@@ -20,7 +20,7 @@ from s2attn.analysis.compare import NeedsTraining, Progress, compare
 from s2attn.analysis.suggest import suggest
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
-from s2attn.core import Unsupported, bad_value, check_int, requires
+from s2attn.core import Unsupported, bad_value, check_int, requires, write_text
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def show_suggestion(
         screen.print(f"- {note}", style="yellow", markup=False)
     screen.print(table(found.lines()))
     if out is not None:
-        out.write_text(found.recipe.to_json())
+        write_text(out, found.recipe.to_json())
         screen.print(f"Recipe: [bold]{out}[/bold]")
 
 

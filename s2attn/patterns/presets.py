@@ -37,6 +37,8 @@ def streaming_llm(sink: int = 4, window: int = 1024) -> Pattern:
     """StreamingLLM (arXiv:2309.17453): sink tokens and a sliding window that counts the query itself.
 
     The released code keeps ``recent_size`` tokens of the past next to the query: its ``recent_size`` is ``window - 1``.
+    The preset does not extend the context: positions stay absolute, where the paper counts them inside the cache (section 3.2),
+    so that a rotary model gets worse as soon as they pass its trained length.
     """
     return Sink(sink) | Window(window)
 

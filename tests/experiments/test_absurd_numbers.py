@@ -82,7 +82,6 @@ def test_a_plan_refuses_them(case: str) -> None:
 
 @pytest.mark.parametrize("config", [ModelConfig(), ModelConfig(layers=1, width=24, heads=6, kv_heads=3, head_dim=4, look_back=0)], ids=str)
 def test_weights_are_counted_without_making_them(config: ModelConfig) -> None:
-    from experiments.cli.app import app as experiments_app
-from experiments.model import LanguageModel
+    from experiments.model import LanguageModel
 
     assert config.num_parameters == LanguageModel(config).num_parameters
