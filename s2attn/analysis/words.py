@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from s2attn.core import StrPath, bad_value
+from s2attn.core import StrPath, as_path, bad_value
 from s2attn.patterns import PRESETS, Pattern, Recipe, parse_pattern, preset
 from s2attn.patterns.parse import shown
 
