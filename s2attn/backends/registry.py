@@ -11,10 +11,10 @@ from s2attn.backends.base import Backend, Pages, Writes
 from s2attn.core import Unsupported, bad_kind, bad_value
 
 
-def _portable() -> Backend:
-    from s2attn.backends.portable import Portable
+def _torch() -> Backend:
+    from s2attn.backends.torch import Torch
 
-    return Portable()
+    return Torch()
 
 
 def _triton() -> Backend:
@@ -29,10 +29,10 @@ def _reference() -> Backend:
     return Reference()
 
 
-_LOADERS: dict[str, Callable[[], Backend]] = {"portable": _portable, "triton": _triton, "reference": _reference}
+_LOADERS: dict[str, Callable[[], Backend]] = {"torch": _torch, "triton": _triton, "reference": _reference}
 """In order of preference. A loader imports its backend on first use, so that `import s2attn` stays light.
 
-The Triton kernels stand behind the portable backend, and so are used only when they are asked for by name, until there is a record of
+The Triton kernels stand behind plain torch, and so are used only when they are asked for by name, until there is a record of
 their results and their speed on a GPU.
 """
 
