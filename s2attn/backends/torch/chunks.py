@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Items:
         line: row block of a row index, key block of a column index.
         low: first row of the block that the item holds.
         rows: number of rows of the block that the item holds.
-        start: token of the first row.
+        start: token of the first row, counted over all batch entries.
     """
 
     batch: Array
@@ -81,7 +82,9 @@ def chunks(index: BlockIndex, items: Items, most: Callable[[int, int], int]) -> 
     ptr, full, tile_ptr = (x.cpu().numpy() for x in (index.ptr, index.full, index.tile_ptr))
     begin = ptr[items.head, items.line]
     count, full = ptr[items.head, items.line + 1] - begin, full[items.head, items.line]
-    entries, tokens = _padded_entries(count), _power_of_two(items.rows)
+    # A few shapes instead of many: short lists as they are, then multiples of 4; rows in powers of two.
+    entries = np.where(count <= 4, count, -(-count // 4) * 4)
+    tokens = 1 << np.ceil(np.log2(np.maximum(items.rows, 1))).astype(np.int64)
     order = np.lexsort((full, entries, tokens))
     order = order[count[order] > 0]
     shape = np.stack([tokens, entries])[:, order]
@@ -89,14 +92,13 @@ def chunks(index: BlockIndex, items: Items, most: Callable[[int, int], int]) -> 
     columns = [items.batch, items.unit, items.line, items.low, items.rows, items.start]
     columns += [begin, count, full, tile_ptr[items.head, items.line]]
     table = torch.from_numpy(np.stack(columns)[:, order].astype(np.int64)).to(index.idx.device)
-    for first, end in zip(ends, ends[1:], strict=False):
+    for first, end in pairwise(ends):
         if first == end:
-            continue
-        rows, width = (int(x) for x in shape[:, first])
+            continue  # no item lists anything
+        rows, width = shape[:, first].tolist()
         step = max(1, most(rows, width))
         for low in range(first, end, step):
-            high = min(end, low + step)
-            *place, at, counts, fulls, tiles = table[:, low:high]
+            *place, at, counts, fulls, tiles = table[:, low : min(end, low + step)]
             block, code = _lists(index, at, counts, fulls, tiles, width)
             yield Chunk(*place, rows, block, code, int(full[order[low]]))
 
@@ -111,12 +113,3 @@ def _lists(index: BlockIndex, begin: Tensor, count: Tensor, full: Tensor, tile: 
         number = torch.where(listed & partial, tile[:, None] + entry - full[:, None], 0)
         code = torch.where(partial, index.tile[number].long(), -1)
     return torch.where(listed, block, 0), torch.where(listed, code, -2)
-
-
-def _padded_entries(count: Array) -> Array:
-    """A few lengths of lists instead of many: up to 4 as they are, then multiples of 4."""
-    return np.where(count <= 4, count, -(-count // 4) * 4)
-
-
-def _power_of_two(rows: Array) -> Array:
-    return 1 << np.ceil(np.log2(np.maximum(rows, 1))).astype(np.int64)

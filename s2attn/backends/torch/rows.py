@@ -62,12 +62,3 @@ def weigh(weights: Tensor, values: Tensor, hide: Hide) -> Tensor:
     out = product(weights, values.masked_fill(broken[..., None], 0.0))
     seen = hide(broken[:, None].repeat(1, weights.shape[1], 1), 0)
     return out.masked_fill_(seen.any(-1, keepdim=True), torch.nan)
-
-
-def hidden_rows(tiles: Tensor) -> Tensor:
-    """Mask tiles turned around, ``((tiles + 2) * block_size, block_size)`` True where hidden.
-
-    The last two tiles are those of codes -2, all hidden, and -1, nothing hidden.
-    """
-    square = (1, *tiles.shape[1:])
-    return torch.cat([~tiles, tiles.new_ones(square), tiles.new_zeros(square)]).flatten(0, 1)

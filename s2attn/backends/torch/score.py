@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from s2attn.backends.base import Reduction
-from s2attn.backends.torch.attend import how_many
+from s2attn.backends.torch import attend
 from s2attn.backends.torch.rows import product
 
 
@@ -29,13 +29,15 @@ def _fill(out: Tensor, q: Tensor, k: Tensor, reduction: Reduction) -> None:
     stride, per_block = reduction.stride, reduction.block // reduction.stride
     seqlen_q, seqlen_k = q.shape[1], len(k)
     groups_q, groups_k = -(-seqlen_q // stride), -(-seqlen_k // stride)
-    # Keys turn around, so that an antidiagonal is a product of rows; a short group of keys begins with zeros,
-    # and so does a short group of queries, whose antidiagonal begins at its last query.
+    # Keys are reversed, so that an antidiagonal is a product of rows. Short groups begin with zeros:
+    # their antidiagonal is that of the last query and the first key.
     keys = pad(k, (0, 0, 0, -seqlen_k % stride)).float().view(groups_k, stride, -1).flip(1).flatten(1)
-    sizes_q, sizes_k = (_group_sizes(x.shape[-2], stride, q.device) for x in (q, k))
+    ends = (n - torch.arange(0, n, stride, device=q.device) for n in (seqlen_q, seqlen_k))
+    sizes_q, sizes_k = (x.clamp(max=stride).float() for x in ends)
     reach = reduction.reach(seqlen_q, seqlen_k)
-    step = how_many(q.device, len(q) * groups_k * per_block)
-    step = max(1, min(step, -(-out.shape[1] // 16)))  # a causal tile is as wide as its last row
+    room = attend.NUMBERS if q.device.type == "cpu" else attend.NUMBERS_ELSEWHERE
+    step = min(room // (len(q) * groups_k * per_block), -(-out.shape[1] // 16))
+    step = max(1, step)  # a causal tile is as wide as its last row
     for low in range(0, out.shape[1], step):
         first, last = low * per_block, min((low + step) * per_block, groups_q)
         width = min(groups_k, reach + last) if reduction.causal else groups_k
@@ -54,11 +56,6 @@ def _fill(out: Tensor, q: Tensor, k: Tensor, reduction: Reduction) -> None:
         x = pad(x, (0, -width % per_block, 0, -(last - first) % per_block))
         x = x.unflatten(1, (-1, per_block)).unflatten(3, (-1, per_block)).sum((2, 4))
         out[:, low : low + x.shape[1], : x.shape[2]] = x
-
-
-def _group_sizes(length: int, stride: int, device: torch.device) -> Tensor:
-    """Tokens of each group, float32."""
-    return (length - torch.arange(0, length, stride, device=device)).clamp(max=stride).float()
 
 
 def _query_groups(q: Tensor, first: int, last: int, stride: int) -> Tensor:
