@@ -105,7 +105,8 @@ std::vector<Strip> strips_of(const Decode& call) {
 // Up to `TILE` keys of one page.
 struct Tile {
     int64_t page, offset, keys;
-    int64_t position;  // in the block
+    int64_t position;      // in the block
+    const uint64_t* mask;  // of the block, or null where all are seen
 };
 
 // One part of a strip.
@@ -116,6 +117,7 @@ struct Run {
     float *q, *s, *factor, *k, *v;  // [rows, width], [rows, TILE], [rows], [TILE, width] or [width, TILE], [TILE, v_width]
     uint64_t* seen;                 // [tokens] bit k where the token sees key k of the tile
     float *o, *m, *l;               // [rows, v_width], [rows], [rows]
+    std::vector<Tile> tiles;
 
     Run(const Decode& call, const Strip& strip, float* sums)
         : call(call), strip(strip), width(padded(call.width)), v_width(padded(call.v_width)) {
@@ -144,71 +146,75 @@ struct Run {
     }
 
     void run(int64_t first) {
-        load_queries();
         const int64_t line = strip.layout_head * call.lines + strip.line.row;
         const int64_t full = strip.begin + call.full[line], last = std::min(strip.end, first + strip.step);
         for (int64_t e = first; e < last; e++) {
             const uint64_t* mask = nullptr;
             if (e >= full)
                 mask = call.bits + (int64_t)call.tile[call.tile_ptr[line] + e - full] * call.block * words_of(call.block);
-            attend_block(call.k_position[call.idx[e]], mask);
+            find_tiles(call.k_position[call.idx[e]], mask);
         }
+        if (tiles.empty()) return;
+        load_queries();
+        for (size_t i = 0; i < tiles.size(); i++) attend(tiles[i], i + 1 < tiles.size() ? &tiles[i + 1] : nullptr);
     }
 
     // The keys of a block in tiles that lie in one page and in one word of a mask.
-    void attend_block(int64_t start, const uint64_t* mask) {
+    void find_tiles(int64_t start, const uint64_t* mask) {
         for (int64_t at = 0, keys; at < call.block; at += keys) {
             const int64_t position = start + at, entry = position / call.page_size;
             const int64_t offset = position % call.page_size;
             keys = std::min({call.block - at, call.page_size - offset, TILE - at % 64});
-            Tile tile{0, offset, keys, at};
-            if (mask && !(tile.keys = seen_keys(mask, tile))) continue;
+            Tile tile{0, offset, keys, at, mask};
+            if (mask && !(tile.keys = seen_keys(tile))) continue;
             if (entry >= call.table.entries) continue;
             tile.page = call.table.at(strip.line.sequence, strip.kv_head, entry);
-            if (tile.page < 0 || tile.page >= call.pages) continue;
-            attend(tile, mask != nullptr);
+            if (tile.page >= 0 && tile.page < call.pages) tiles.push_back(tile);
         }
     }
 
     // Fills `seen`; the number of keys up to the last one that some token sees.
-    int64_t seen_keys(const uint64_t* mask, const Tile& tile) {
+    int64_t seen_keys(const Tile& tile) {
         const int64_t words = words_of(call.block);
         const uint64_t ones = tile.keys == 64 ? ~(uint64_t)0 : ((uint64_t)1 << tile.keys) - 1;
         uint64_t any = 0;
         for (int64_t t = 0; t < strip.line.tokens; t++) {
-            seen[t] = mask[(strip.line.low + t) * words + tile.position / 64] >> tile.position % 64 & ones;
+            seen[t] = tile.mask[(strip.line.low + t) * words + tile.position / 64] >> tile.position % 64 & ones;
             any |= seen[t];
         }
         return any ? 64 - __builtin_clzll(any) : 0;
     }
 
-    void attend(const Tile& tile, bool masked) {
+    // Keys and values are fetched while the product before theirs runs.
+    void attend(const Tile& tile, const Tile* next) {
         const int64_t rows = strip.rows(), keys = round_up(tile.keys, 16);  // pages hold multiples of 16
-        const bool few = rows <= FEW_ROWS;
-        const float* values;
-        int64_t ldv;
+        const bool few = rows <= FEW_ROWS, masked = tile.mask != nullptr;
+        Ahead ahead_v = ahead_of(call.v, tile, call.v_width), ahead_k;
+        if (next) ahead_k = ahead_of(call.k, *next, call.width);
+        if (masked) seen_keys(tile);
         if (few) {
             const Rows_ read = rows_of(call.k, tile, keys, call.width, width, k);
             by_four(rows, [&](int64_t r, auto n) {
-                dot_rows<n>(q + r * width, width, read.data, read.stride, (int)keys, (int)width, s + r * TILE);
+                dot_rows<n>(q + r * width, width, read.data, read.stride, (int)keys, (int)width, s + r * TILE, ahead_v);
             });
         } else {
             load_transposed(tile, keys);
-            gemm_nn((int)rows, (int)keys, (int)call.width, q, width, k, TILE, s, TILE);
+            gemm_nn((int)rows, (int)keys, (int)call.width, q, width, k, TILE, s, TILE, &ahead_v);
         }
         softmax((int)keys, masked);
         const Rows_ read = rows_of(call.v, tile, keys, call.v_width, v_width, v);
-        values = read.data, ldv = read.stride;
+        const float* values = read.data;
+        const int64_t ldv = read.stride;
         if (masked && !finite(values, ldv, keys)) {
             weigh_broken(values, ldv, keys);
         } else if (few) {
             by_four(rows, [&](int64_t r, auto n) {
-                weigh_rows<n>(s + r * TILE, (int)keys, values, ldv, (int)v_width, o + r * v_width, v_width, factor + r);
+                weigh_rows<n>(s + r * TILE, (int)keys, values, ldv, (int)v_width, o + r * v_width, v_width, factor + r, ahead_k);
             });
         } else {
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t d = 0; d < v_width; d++) o[r * v_width + d] *= factor[r];
-            gemm_nn_add((int)rows, (int)v_width, (int)keys, s, TILE, values, ldv, o, v_width);
+            gemm_nn_add((int)rows, (int)v_width, (int)keys, s, TILE, values, ldv, o, v_width, &ahead_k);
         }
     }
 
@@ -223,6 +229,12 @@ struct Run {
         if (x.dtype == Float32 && from.column == 1 && columns == wide) return {static_cast<const float*>(from.data), from.row};
         load_page(buffer, wide, x, from, keys, columns);
         return {buffer, wide};
+    }
+
+    Ahead ahead_of(const Tensor& x, const Tile& tile, int64_t columns) const {
+        const int64_t size = x.dtype == Float8 ? 1 : element_size(x.dtype);
+        const Matrix from = page_rows(x, tile);
+        return {static_cast<const char*>(from.data), from.column == 1 ? tile.keys : 0, from.row * size, columns * size};
     }
 
     Matrix page_rows(const Tensor& x, const Tile& tile) const {
