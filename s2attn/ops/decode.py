@@ -59,7 +59,7 @@ def decode(
         validate: look at lengths and tables first, and wait for the device to do so. Without it, and always during the capture of a CUDA
             graph, kernels clamp what makes no sense: lengths to the table, ``cu_seqlens_q`` to a rising walk inside q (a query of no
             sequence gives 0 and -inf), and keys in pages that do not exist count as unseen. Nothing outside of the tensors is read or
-            written. A backend that reads lengths on the host always checks, and cannot be captured.
+            written. The torch backend reads sizes on the host, and cannot be captured.
         batch_invariant: the bits of a sequence's result depend on that sequence alone, whatever
             else is in the batch and however wide the block table is, at some cost in speed.
 

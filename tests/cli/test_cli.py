@@ -103,13 +103,13 @@ def test_malformed_json_is_one_line(tmp_path: Path) -> None:
 def test_doctor_names_versions_devices_and_backends() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    for word in ("torch", "triton", "cpu", "portable", "reference", "yes"):
+    for word in ("torch", "triton", "cpu", "reference", "yes"):
         assert word in result.stdout
 
 
 def test_doctor_json_has_a_reason_list_for_every_backend_and_device() -> None:
     found = json.loads(run("doctor", "--json").stdout)
-    assert found["backends"]["portable"]["cpu"] == []
+    assert found["backends"]["torch"]["cpu"] == []
     assert set(found["hardware"]) == set(found["devices"])
 
 

@@ -1,0 +1,409 @@
+// Attention over pages: a few query rows, and many keys that are read once.
+//
+// A line is the queries of one sequence that stand in one row block. A strip is a line of query heads
+// that share their lists, and a part is a range of its list: LeanAttention's split (arXiv:2405.10480),
+// but of a fixed size that follows from the strip alone, so that its bits do not depend on what else is
+// in the batch. Parts leave unnormalised sums, which are added up in the order of the list.
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "float8.h"
+#include "gemm.h"
+#include "paged.h"
+#include "pool.h"
+#include "rows.h"
+#include "work.h"
+
+namespace s2 {
+namespace {
+
+constexpr int64_t STRIP_ROWS = 256;  // most rows of a strip of several heads
+constexpr int64_t FEW_ROWS = 8;      // up to which vectors run along the width
+constexpr int64_t PART_KEYS = 1024;  // of a part, for up to `FEW_ROWS` rows
+
+struct Line {
+    int64_t sequence, row, low, tokens, query;
+};
+
+struct Strip {
+    Line line;
+    int64_t kv_head, layout_head, head, heads;
+    int64_t begin, end;      // the list
+    int64_t step;            // entries of a part
+    int64_t parts, partial;  // where its first part leaves its sums, in floats
+
+    int64_t rows() const { return heads * line.tokens; }
+};
+
+struct Part {
+    int64_t strip, number;
+};
+
+int64_t padded(int64_t width) { return round_up(width, W); }
+
+// Floats of the sums of one part: weighted values, and m and l of each row.
+int64_t part_floats(const Decode& call, const Strip& strip) {
+    return round_up(strip.rows() * (padded(call.v_width) + 2), W);
+}
+
+// Lines of a packed layout, as far as they lie in the call.
+void lines_of_spans(const Decode& call, std::vector<Line>& lines) {
+    for (int64_t row = 0; row < call.lines; row++) {
+        const Line line{call.q_sequence[row], row, 0, call.q_length[row], call.q_start[row]};
+        if (line.sequence < call.sequences && line.query + line.tokens <= call.total) lines.push_back(line);
+    }
+}
+
+// Lines of sequences whose last queries stand at their last positions.
+void lines_by_position(const Decode& call, std::vector<Line>& lines) {
+    const int64_t room = call.table.entries * call.page_size;
+    int64_t begin = 0, even = call.total / std::max<int64_t>(call.sequences, 1);
+    for (int64_t s = 0; s < call.sequences; s++) {
+        if (call.cu_q) begin = std::max(begin, std::clamp<int64_t>(call.cu_q[s], 0, call.total));
+        else begin = s * even;
+        int64_t end = call.cu_q ? std::clamp<int64_t>(call.cu_q[s + 1], 0, call.total) : begin + even;
+        end = std::max(begin, end);
+        const int64_t length = std::clamp<int64_t>(call.lengths[s], 0, room);
+        const int64_t before = length - (end - begin);  // position of the first query
+        if (end == begin) continue;
+        for (int64_t row = std::max<int64_t>(before, 0) / call.block; row * call.block < length && row < call.lines; row++) {
+            const int64_t low = std::max(before - row * call.block, (int64_t)0);
+            const int64_t high = std::min(length - row * call.block, call.block);
+            lines.push_back({s, row, low, high - low, begin + row * call.block + low - before});
+        }
+    }
+}
+
+std::vector<Strip> strips_of(const Decode& call) {
+    std::vector<Line> lines;
+    if (call.packed) lines_of_spans(call, lines);
+    else lines_by_position(call, lines);
+    const int64_t units = std::lcm(call.layout_heads, call.kv_heads), per_unit = call.heads / units;
+    std::vector<Strip> strips;
+    int64_t floats = 0;
+    for (const Line& line : lines)
+        for (int64_t unit = 0; unit < units; unit++) {
+            const int64_t layout_head = unit * call.layout_heads / units;
+            const int64_t* ptr = call.ptr + layout_head * (call.lines + 1) + line.row;
+            if (ptr[0] == ptr[1]) continue;
+            const int64_t most = std::max<int64_t>(1, STRIP_ROWS / line.tokens);
+            for (int64_t head = 0; head < per_unit; head += most) {
+                Strip strip{line, unit * call.kv_heads / units, layout_head, unit * per_unit + head,
+                    std::min(most, per_unit - head), ptr[0], ptr[1], 0, 0, floats};
+                const int64_t keys = PART_KEYS * std::max<int64_t>(1, strip.rows() / FEW_ROWS);
+                strip.step = std::max<int64_t>(1, keys / call.block);
+                strip.parts = (strip.end - strip.begin + strip.step - 1) / strip.step;
+                floats += strip.parts * part_floats(call, strip);
+                strips.push_back(strip);
+            }
+        }
+    return strips;
+}
+
+// Up to `TILE` keys of one page.
+struct Tile {
+    int64_t page, offset, keys;
+    int64_t position;      // in the block
+    const uint64_t* mask;  // of the block, or null where all are seen
+};
+
+// One part of a strip.
+struct Run {
+    const Decode& call;
+    const Strip& strip;
+    const int64_t width, v_width;
+    float *q, *s, *factor, *k, *v;  // [rows, width], [rows, TILE], [rows], [TILE, width] or [width, TILE], [TILE, v_width]
+    uint64_t* seen;                 // [tokens] bit k where the token sees key k of the tile
+    float *o, *m, *l;               // [rows, v_width], [rows], [rows]
+    std::vector<Tile> tiles;
+
+    Run(const Decode& call, const Strip& strip, float* sums)
+        : call(call), strip(strip), width(padded(call.width)), v_width(padded(call.v_width)) {
+        const int64_t rows = strip.rows(), tokens = strip.line.tokens, widest = std::max(width, v_width);
+        q = scratch(rows * (width + TILE + 1) + W + TILE * (width + widest) + 2 * tokens + W);
+        s = q + rows * width;
+        k = s + rows * TILE;
+        v = k + TILE * width;
+        seen = reinterpret_cast<uint64_t*>(v + TILE * widest);
+        factor = reinterpret_cast<float*>(seen + tokens);
+        o = sums, m = o + rows * v_width, l = m + rows;
+        std::fill(o, m, 0.0f);
+        std::fill(m, l, -INF);
+        std::fill(l, l + rows, 0.0f);
+    }
+
+    // Queries, times everything that a product is multiplied by.
+    void load_queries() {
+        const double scale = call.scale * (call.k_scale ? call.k_scale[strip.kv_head] : 1.0);
+        const float factor = (float)(call.softcap > 0 ? scale / call.softcap : scale * LOG2E);
+        const Line& line = strip.line;
+        std::fill(q, q + strip.rows() * width, 0.0f);
+        for (int64_t h = 0; h < strip.heads; h++)
+            load_rows(q + h * line.tokens * width, width, rows_at(call.q, 0, line.query, strip.head + h),
+                line.tokens, call.width, factor);
+    }
+
+    void run(int64_t first) {
+        const int64_t line = strip.layout_head * call.lines + strip.line.row;
+        const int64_t full = strip.begin + call.full[line], last = std::min(strip.end, first + strip.step);
+        for (int64_t e = first; e < last; e++) {
+            const uint64_t* mask = nullptr;
+            if (e >= full)
+                mask = call.bits + (int64_t)call.tile[call.tile_ptr[line] + e - full] * call.block * words_of(call.block);
+            find_tiles(call.k_position[call.idx[e]], mask);
+        }
+        if (tiles.empty()) return;
+        load_queries();
+        for (size_t i = 0; i < tiles.size(); i++) attend(tiles[i], i + 1 < tiles.size() ? &tiles[i + 1] : nullptr);
+    }
+
+    // The keys of a block in tiles that lie in one page and in one word of a mask.
+    void find_tiles(int64_t start, const uint64_t* mask) {
+        for (int64_t at = 0, keys; at < call.block; at += keys) {
+            const int64_t position = start + at, entry = position / call.page_size;
+            const int64_t offset = position % call.page_size;
+            keys = std::min({call.block - at, call.page_size - offset, TILE - at % 64});
+            Tile tile{0, offset, keys, at, mask};
+            if (mask && !(tile.keys = seen_keys(tile))) continue;
+            if (entry >= call.table.entries) continue;
+            tile.page = call.table.at(strip.line.sequence, strip.kv_head, entry);
+            if (tile.page >= 0 && tile.page < call.pages) tiles.push_back(tile);
+        }
+    }
+
+    // Fills `seen`; the number of keys up to the last one that some token sees.
+    int64_t seen_keys(const Tile& tile) {
+        const int64_t words = words_of(call.block);
+        const uint64_t ones = tile.keys == 64 ? ~(uint64_t)0 : ((uint64_t)1 << tile.keys) - 1;
+        uint64_t any = 0;
+        for (int64_t t = 0; t < strip.line.tokens; t++) {
+            seen[t] = tile.mask[(strip.line.low + t) * words + tile.position / 64] >> tile.position % 64 & ones;
+            any |= seen[t];
+        }
+        return any ? 64 - __builtin_clzll(any) : 0;
+    }
+
+    // Keys and values are fetched while the product before theirs runs.
+    void attend(const Tile& tile, const Tile* next) {
+        const int64_t rows = strip.rows(), keys = round_up(tile.keys, 16);  // pages hold multiples of 16
+        const bool few = rows <= FEW_ROWS, masked = tile.mask != nullptr;
+        Ahead ahead_v = ahead_of(call.v, tile, call.v_width), ahead_k;
+        if (next) ahead_k = ahead_of(call.k, *next, call.width);
+        if (masked) seen_keys(tile);
+        if (few) {
+            const Rows_ read = rows_of(call.k, tile, keys, call.width, width, k);
+            by_four(rows, [&](int64_t r, auto n) {
+                dot_rows<n>(q + r * width, width, read.data, read.stride, (int)keys, (int)width, s + r * TILE, ahead_v);
+            });
+        } else {
+            load_transposed(tile, keys);
+            gemm_nn((int)rows, (int)keys, (int)call.width, q, width, k, TILE, s, TILE, &ahead_v);
+        }
+        softmax((int)keys, masked);
+        const Rows_ read = rows_of(call.v, tile, keys, call.v_width, v_width, v);
+        const float* values = read.data;
+        const int64_t ldv = read.stride;
+        if (masked && !finite(values, ldv, keys)) {
+            weigh_broken(values, ldv, keys);
+        } else if (few) {
+            by_four(rows, [&](int64_t r, auto n) {
+                weigh_rows<n>(s + r * TILE, (int)keys, values, ldv, (int)v_width, o + r * v_width, v_width, factor + r, ahead_k);
+            });
+        } else {
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t d = 0; d < v_width; d++) o[r * v_width + d] *= factor[r];
+            gemm_nn_add((int)rows, (int)v_width, (int)keys, s, TILE, values, ldv, o, v_width, &ahead_k);
+        }
+    }
+
+    struct Rows_ {
+        const float* data;
+        int64_t stride;
+    };
+
+    // Rows of a page in float32 with zeros up to a multiple of W columns: where they lie, or in `buffer`.
+    Rows_ rows_of(const Tensor& x, const Tile& tile, int64_t keys, int64_t columns, int64_t wide, float* buffer) const {
+        const Matrix from = page_rows(x, tile);
+        if (x.dtype == Float32 && from.column == 1 && columns == wide) return {static_cast<const float*>(from.data), from.row};
+        load_page(buffer, wide, x, from, keys, columns);
+        return {buffer, wide};
+    }
+
+    Ahead ahead_of(const Tensor& x, const Tile& tile, int64_t columns) const {
+        const int64_t size = x.dtype == Float8 ? 1 : element_size(x.dtype);
+        const Matrix from = page_rows(x, tile);
+        return {static_cast<const char*>(from.data), from.column == 1 ? tile.keys : 0, from.row * size, columns * size};
+    }
+
+    Matrix page_rows(const Tensor& x, const Tile& tile) const {
+        const int64_t size = x.dtype == Float8 ? 1 : element_size(x.dtype);
+        const int64_t first = tile.page * x.stride[0] + tile.offset * x.stride[1] + strip.kv_head * x.stride[2];
+        return {static_cast<const char*>(x.data) + first * size, x.dtype, x.stride[1], x.stride[3]};
+    }
+
+    void load_page(float* to, int64_t wide, const Tensor& x, Matrix from, int64_t keys, int64_t columns) const {
+        if (x.dtype != Float8) load_rows(to, wide, from, keys, columns);
+        for (int64_t i = 0; i < keys; i++) {
+            float* row = to + i * wide;
+            if (x.dtype == Float8) load_float8(row, static_cast<const uint8_t*>(from.data) + i * from.row, from.column, columns);
+            std::fill(row + columns, row + wide, 0.0f);
+        }
+    }
+
+    static void load_float8(float* to, const uint8_t* from, int64_t step, int64_t columns) {
+        int64_t d = 0;
+        if (step == 1)
+            for (; d + W <= columns; d += W) store(to + d, float8_to_float(from + d));
+        for (; d < columns; d += W) {
+            uint8_t bytes[W] = {};
+            const int64_t rest = std::min<int64_t>(W, columns - d);
+            for (int64_t i = 0; i < rest; i++) bytes[i] = from[(d + i) * step];
+            float numbers[W];
+            store(numbers, float8_to_float(bytes));
+            std::copy(numbers, numbers + rest, to + d);
+        }
+    }
+
+    // Keys as [width, TILE].
+    void load_transposed(const Tile& tile, int64_t keys) const {
+        Matrix from = page_rows(call.k, tile);
+        if (call.k.dtype == Float8) {
+            load_page(v, width, call.k, from, keys, call.width);
+            from = {v, Float32, width, 1};
+        }
+        load_columns(k, TILE, from, keys, call.width);
+    }
+
+    // Scores become weights; m and l move on, and `factor` is what earlier sums are multiplied by.
+    void softmax(int keys, bool masked) {
+        const float cap = (float)(call.softcap * LOG2E);
+        for (int64_t h = 0, r = 0; h < strip.heads; h++)
+            for (int64_t t = 0; t < strip.line.tokens; t++, r++) {
+                float* row = s + r * TILE;
+                V top = set1(-INF), sum{};
+                for (int j = 0; j < keys; j += W) {
+                    V x = load(row + j);
+                    if (cap > 0) x = tanh(x) * cap;
+                    if (masked) x = pick(seen[t] >> j, x, set1(-INF));
+                    store(row + j, x);
+                    top = max_or_second(x, top);
+                }
+                float most = m[r];
+                for (int i = 0; i < W; i++) most = std::max(most, top[i]);
+                const float base = most == -INF ? 0.0f : most;
+                for (int j = 0; j < keys; j += W) {
+                    const V p = exp2(load(row + j) - base);
+                    sum += p;
+                    store(row + j, p);
+                }
+                float lanes[W];
+                store(lanes, sum);
+                for (int half = W / 2; half > 0; half /= 2)
+                    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+                factor[r] = exp2(set1(m[r] - base))[0];
+                l[r] = l[r] * factor[r] + lanes[0];
+                m[r] = most;
+            }
+    }
+
+    bool finite(const float* values, int64_t ldv, int64_t keys) const {
+        for (int64_t i = 0; i < keys; i++)
+            if (!all_finite(values + i * ldv, call.v_width)) return false;
+        return true;
+    }
+
+    // The product with values among which there is NaN or infinity: a token takes nothing from keys
+    // that it does not see, not even 0 * NaN.
+    void weigh_broken(const float* values, int64_t ldv, int64_t keys) {
+        for (int64_t r = 0; r < strip.rows(); r++)
+            for (int64_t d = 0; d < call.v_width; d++) {
+                float sum = o[r * v_width + d] * factor[r];
+                for (int64_t i = 0; i < keys; i++)
+                    if (seen[r % strip.line.tokens] >> i & 1) sum = std::fma(s[r * TILE + i], values[i * ldv + d], sum);
+                o[r * v_width + d] = sum;
+            }
+    }
+};
+
+// Adds up the parts of a strip in their order and writes its results.
+struct Combine {
+    const Decode& call;
+    const Strip& strip;
+    const int64_t v_width, floats;
+    const float* sums;
+
+    Combine(const Decode& call, const Strip& strip, const float* sums)
+        : call(call), strip(strip), v_width(padded(call.v_width)), floats(part_floats(call, strip)), sums(sums) {}
+
+    void run() const {
+        const int64_t rows = strip.rows(), tokens = strip.line.tokens;
+        float* o = scratch(rows * v_width);
+        for (int64_t r = 0; r < rows; r++) row(r, o + r * v_width);
+        const int64_t size = element_size(call.q.dtype);
+        for (int64_t h = 0; h < strip.heads; h++) {
+            char* to = static_cast<char*>(call.out) +
+                       (strip.line.query * call.heads + strip.head + h) * call.v_width * size;
+            store_rows({to, call.q.dtype, call.heads * call.v_width, 1}, o + h * tokens * v_width, v_width, tokens, call.v_width);
+        }
+    }
+
+    void row(int64_t r, float* o) const {
+        const int64_t rows = strip.rows(), head = strip.head + r / strip.line.tokens;
+        float most = -INF;
+        for (int64_t p = 0; p < strip.parts; p++) most = std::max(most, sums[p * floats + rows * v_width + r]);
+        const float base = most == -INF ? 0.0f : most;
+        std::fill(o, o + v_width, 0.0f);
+        float total = 0.0f;
+        for (int64_t p = 0; p < strip.parts; p++) {
+            const float* part = sums + p * floats;
+            const float m = part[rows * v_width + r], l = part[rows * (v_width + 1) + r];
+            if (m == -INF && l == 0) continue;
+            const float share = exp2(set1(m == -INF ? 0.0f : m - base))[0];
+            total += l * share;
+            for (int64_t d = 0; d < v_width; d++) o[d] += part[r * v_width + d] * share;
+        }
+        const float sink = call.sinks ? call.sinks[head] : -INF;
+        float* lse = call.lse + head * call.total + strip.line.query + r % strip.line.tokens;
+        if (most == -INF && total == 0) {
+            *lse = sink;
+            return;
+        }
+        const double own = most * LN2, top = own < sink ? sink : own;  // NaN and infinity of the keys stay
+        const double share = std::exp(own - top);
+        const double denominator = total * share + std::exp(sink - top);
+        *lse = (float)(top + std::log(denominator));
+        const float factor = (float)(share * (call.v_scale ? call.v_scale[strip.kv_head] : 1.0f) / denominator);
+        for (int64_t d = 0; d < v_width; d++) o[d] *= factor;
+    }
+};
+
+void decode(const Decode& call) {
+    const std::vector<Strip> strips = strips_of(call);
+    if (strips.empty()) return;
+    std::vector<Part> parts;
+    for (size_t i = 0; i < strips.size(); i++)
+        for (int64_t p = 0; p < strips[i].parts; p++) parts.push_back({(int64_t)i, p});
+    const Strip& last = strips.back();
+    const std::unique_ptr<float[]> sums(new float[last.partial + last.parts * part_floats(call, last)]);
+    parallel_for((int64_t)parts.size(), (int)call.threads, [&](int64_t i) {
+        const Strip& strip = strips[parts[i].strip];
+        float* own = sums.get() + strip.partial + parts[i].number * part_floats(call, strip);
+        Run(call, strip, own).run(strip.begin + parts[i].number * strip.step);
+    });
+    parallel_for((int64_t)strips.size(), (int)call.threads,
+        [&](int64_t i) { Combine(call, strips[i], sums.get() + strips[i].partial).run(); });
+}
+
+}  // namespace
+}  // namespace s2
+
+int s2_decode(const s2::Decode* call) {
+    try {
+        s2::decode(*call);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
