@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing Transformers is not what this is about
     import transformers
 
-    from s2attn.integrations.transformers import PastKeyValues, register
+    from s2attn.integrations.transformers import CACHE_ARGUMENT, PastKeyValues, register
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -42,7 +42,7 @@ assert torch.equal(texts[0, -12:], alone[0, -12:])
 
 # The same texts from pages: what no later token reads is given back.
 past = PastKeyValues.for_model(model, max_tokens=640, sequences=2)
-assert torch.equal(model.generate(tokens, attention_mask=mask, past_key_values=past, **how), texts)
+assert torch.equal(model.generate(tokens, attention_mask=mask, **{CACHE_ARGUMENT: past}, **how), texts)
 print(f"cache: {past.pages.bytes_used / 1e3:.0f} kB in pages, {past.pages.bytes_dense / 1e3:.0f} kB where every key is kept")
 assert past.pages.bytes_used < 0.75 * past.pages.bytes_dense
 

@@ -8,8 +8,8 @@
 torch.Size([1, 50, 64])
 """
 
-from s2attn.integrations.transformers.interface import NAME, OLDEST, register
+from s2attn.integrations.transformers.interface import CACHE_ARGUMENT, NAME, OLDEST, register
 from s2attn.integrations.transformers.model import patch, patched, unpatch
 from s2attn.integrations.transformers.past import PastKeyValues
 
-__all__ = ["NAME", "OLDEST", "PastKeyValues", "patch", "patched", "register", "unpatch"]
+__all__ = ["CACHE_ARGUMENT", "NAME", "OLDEST", "PastKeyValues", "patch", "patched", "register", "unpatch"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import transformers
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
 from transformers.modeling_utils import AttentionInterface
 
 from s2attn.core import Unsupported
@@ -16,6 +17,8 @@ NAME = "s2attn"
 """The value of ``attn_implementation``."""
 OLDEST = (4, 56)
 """The oldest version of Transformers that is tested."""
+CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+"""The argument of a model's forward and of ``generate`` that takes a cache: ``cache`` from Transformers 5.24 on."""
 _NEXT = 6
 _SAVED = ("attn_implementation", "_attn_implementation")  # before 5.23 or so the first one is ignored when a model is loaded
 

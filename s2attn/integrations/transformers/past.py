@@ -19,7 +19,9 @@ from s2attn.ops.step import LayerCall
 
 
 class PastKeyValues(Cache):
-    """The pages of a `s2attn.SparseCache` as ``past_key_values`` of a patched model, for its forward and for ``generate``.
+    """The pages of a `s2attn.SparseCache` as the ``cache`` of a patched model, for its forward and for ``generate``.
+
+    Before Transformers 5.24 the argument is named ``past_key_values``; `CACHE_ARGUMENT` is the name that the installed version has.
 
     Every row of a batch is a sequence of the cache, however it is padded; the first call says how many rows there are. Beams share pages
     and copy what they change. It cannot be compiled: what is kept differs from step to step.
@@ -28,7 +30,7 @@ class PastKeyValues(Cache):
     >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     >>> model = s2attn.patch(transformers.LlamaForCausalLM(config).eval(), s2attn.Sink(4) | s2attn.Window(32))
     >>> past = PastKeyValues.for_model(model, max_tokens=512)
-    >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, past_key_values=past, pad_token_id=0)
+    >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, cache=past, pad_token_id=0)
     >>> tokens.shape, past.pages.bytes_used < past.pages.bytes_dense
     (torch.Size([1, 208]), True)
     """

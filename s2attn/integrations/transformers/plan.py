@@ -151,6 +151,6 @@ def check_trimmed(config: Any) -> bool:
     sliding = [i for i in range(config.num_hidden_layers) if kinds is None or "sliding" in kinds[i]]
     wrong = [f"layer {i}: {recipe.pattern(i)}" for i in sliding if not keeps_distance(recipe.pattern(i))]
     if wrong:
-        wrong.append("pass past_key_values=transformers.DynamicCache() without a config, or s2attn's PastKeyValues, which know all places")
+        wrong.append("pass transformers.DynamicCache() without a config as the cache, or s2attn's PastKeyValues, which know all places")
         raise Unsupported("a cache that forgets keys outside of the window has no places for these patterns", {"sliding layers": wrong})
     return True

@@ -30,7 +30,7 @@ def tensor_parallel(folder: Path) -> dict[str, torch.Tensor]:
         logits = model(tokens, use_cache=False).logits
         past = host.PastKeyValues.for_model(model, max_tokens=128, sequences=2, page_size=16)
         heads = torch.tensor([past.pages.num_heads, past.pages.num_kv_heads, past.pages.heads.start])
-        generated = model.generate(tokens, **GREEDY, past_key_values=past)
+        generated = model.generate(tokens, **GREEDY, **{host.CACHE_ARGUMENT: past})
     loss = model(tokens, labels=tokens, use_cache=False).loss
     loss.backward()
     return {"logits": logits, "generated": generated, "heads": heads, "loss": loss.detach()}

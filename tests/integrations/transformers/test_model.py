@@ -184,7 +184,7 @@ def test_compiled_decoding_with_a_static_cache(family: str, fresh_compiler: None
         more = {} if RECENT else {"cache_position": torch.arange(mask.shape[1])[-new.shape[1] :]}
         run = model if new.shape[1] > 1 else step
         where = places[:, -new.shape[1] :]
-        new = run(new, attention_mask=mask, position_ids=where, past_key_values=past, **more).logits[:, -1:].argmax(-1)
+        new = run(new, attention_mask=mask, position_ids=where, **{host.CACHE_ARGUMENT: past}, **more).logits[:, -1:].argmax(-1)
         out.append(new)
         mask, places = torch.cat([mask, mask[:, -1:]], 1), torch.cat([places, places[:, -1:] + 1], 1)
     for row, length in ((0, 20), (1, 0)):
@@ -279,27 +279,27 @@ def test_a_cache_of_pages_gives_memory_back() -> None:
     how: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
     expected = model.generate(tokens, **how)
     past = host.PastKeyValues.for_model(model, max_tokens=256, sequences=2, page_size=16)
-    assert torch.equal(model.generate(tokens, **how, past_key_values=past), expected)
+    assert torch.equal(model.generate(tokens, **how, **{host.CACHE_ARGUMENT: past}), expected)
     assert past.get_seq_length() == 219
     assert past.pages.bytes_used < 0.5 * past.pages.bytes_dense
     past.reset()
     assert past.pages.bytes_used == 0
-    assert torch.equal(model.generate(tokens, **how, past_key_values=past), expected)
+    assert torch.equal(model.generate(tokens, **how, **{host.CACHE_ARGUMENT: past}), expected)
     past.reset()
     how = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     beams = model.generate(tokens, **how, num_beams=3)
     past = host.PastKeyValues.for_model(model, max_tokens=256, sequences=12)
-    assert torch.equal(model.generate(tokens, **how, num_beams=3, past_key_values=past), beams)
+    assert torch.equal(model.generate(tokens, **how, num_beams=3, **{host.CACHE_ARGUMENT: past}), beams)
 
 
 @torch.no_grad()
 def test_a_cache_of_pages_takes_tokens_back() -> None:
     model, tokens = s2attn.patch(tiny(), SPARSE), text(1, 80)
     past = host.PastKeyValues.for_model(model, max_tokens=256, hold=8)
-    model(tokens[:, :70], past_key_values=past)
-    first = model(tokens[:, 70:], past_key_values=past).logits
+    model(tokens[:, :70], **{host.CACHE_ARGUMENT: past})
+    first = model(tokens[:, 70:], **{host.CACHE_ARGUMENT: past}).logits
     past.crop(-8)
-    torch.testing.assert_close(model(tokens[:, 72:], past_key_values=past).logits, first[:, 2:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(tokens[:, 72:], **{host.CACHE_ARGUMENT: past}).logits, first[:, 2:], atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -307,9 +307,9 @@ def test_a_cache_of_pages_is_refused_where_it_does_not_belong() -> None:
     model = s2attn.patch(tiny(), SPARSE)
     past = host.PastKeyValues.for_model(model, max_tokens=64)
     with s2attn.patched(model, Window(8)), pytest.raises(Unsupported, match="the cache was made for"):
-        model(text(1, 8), past_key_values=past)
+        model(text(1, 8), **{host.CACHE_ARGUMENT: past})
     past = host.PastKeyValues.for_model(model, max_tokens=64)
     with pytest.raises(Unsupported, match="nobody attended to the keys of layer 0"):
-        s2attn.unpatch(model)(text(1, 8), past_key_values=past)
+        s2attn.unpatch(model)(text(1, 8), **{host.CACHE_ARGUMENT: past})
     with pytest.raises(TypeError, match=r"pages must be a s2attn.SparseCache; got int"):
         host.PastKeyValues(3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import s2attn
 from s2attn import Dense, Local, Recipe, Sink, Stride, Unsupported, Window
-from s2attn.integrations.transformers import attend
+from s2attn.integrations.transformers import CACHE_ARGUMENT, attend
 from tests.integrations.transformers.models import oracle, text, tiny
 
 SPARSE = Recipe(Local(2, block=16) | Stride(3, block=16), layers={0: Sink(3) | Window(20)})
@@ -83,7 +83,7 @@ def test_generation_from_left_padding_is_each_row_alone(cache: str, monkeypatch:
     if cache == "static":
         how |= {"cache_implementation": "static", "disable_compile": True}
     if cache == "sparse":
-        how["past_key_values"] = transformers_past(model, rows=len(tokens))
+        how[CACHE_ARGUMENT] = transformers_past(model, rows=len(tokens))
     if cache == "paged decode":  # what other devices than CPUs do
         monkeypatch.setattr(attend, "_decodes", lambda *tensors: not torch.is_grad_enabled())
     together = model.generate(tokens, attention_mask=mask, **how)[:, tokens.shape[1] :]
@@ -114,7 +114,7 @@ def test_a_padded_prompt_in_chunks(side: str, cache: str) -> None:
     }[cache]()
     chunks = []
     for begin, end in ((0, 40), (40, 41), (41, 70)):
-        where = {"position_ids": places[:, begin:end], "past_key_values": past, "use_cache": True}
+        where = {"position_ids": places[:, begin:end], CACHE_ARGUMENT: past, "use_cache": True}
         if cache == "static" and "cache_position" in str(transformers.LlamaForCausalLM.forward.__code__.co_varnames):
             where["cache_position"] = torch.arange(begin, end)
         chunks.append(model(tokens[:, begin:end], attention_mask=mask[:, :end], **where).logits)
@@ -185,8 +185,8 @@ def test_a_cache_that_forgets_keys_is_refused_for_patterns_of_places() -> None:
     with pytest.raises(Unsupported, match=r"(?s)has no places.*layer 0: Sink.*PastKeyValues"):
         model.generate(text(1, 40), **how)
     expected = model.generate(text(1, 40), **how, use_cache=False)
-    assert torch.equal(expected, model.generate(text(1, 40), **how, past_key_values=transformers.DynamicCache()))
-    assert torch.equal(expected, model.generate(text(1, 40), **how, past_key_values=transformers_past(model, 1)))
+    assert torch.equal(expected, model.generate(text(1, 40), **how, **{CACHE_ARGUMENT: transformers.DynamicCache()}))
+    assert torch.equal(expected, model.generate(text(1, 40), **how, **{CACHE_ARGUMENT: transformers_past(model, 1)}))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "sparse"])
@@ -196,5 +196,5 @@ def test_autocast(cache: str) -> None:
     expected = model(tokens, attention_mask=mask).logits
     with s2attn.patched(model, Dense()), torch.autocast("cpu", torch.bfloat16):
         past = transformers.DynamicCache() if cache == "dynamic" else transformers_past(model, len(tokens))
-        got = model(tokens, attention_mask=mask, past_key_values=past, use_cache=True).logits
+        got = model(tokens, attention_mask=mask, **{CACHE_ARGUMENT: past}, use_cache=True).logits
     torch.testing.assert_close(got.float()[mask.bool()], expected[mask.bool()], atol=0.02, rtol=0)
