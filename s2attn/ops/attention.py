@@ -72,12 +72,12 @@ def attention(
     """
     given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     packed = bool(given)
+    q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, packed)
     scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     check_sinks(sinks, q)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
-    q, k, v = autocast(q, k, v)
     sharded = _sharded(q, k, v)
     if sharded is not None:
         sharded.check(q, k, v, sinks, pattern, heads)
@@ -134,6 +134,8 @@ def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, h
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast attention runs in the autocast dtype, as torch's own does; float64 is left alone."""
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (q, k, v)):
+        return q, k, v  # refused by the checks that follow
     device = q.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
