@@ -10,9 +10,10 @@ from torch.nn.functional import pad
 
 from s2attn.cache.checks import kept_pattern
 from s2attn.core import Unsupported, bad_value
+from s2attn.integrations.transformers.documents import Documents, find_documents
 from s2attn.integrations.transformers.places import WINDOW, Places, read_places
 from s2attn.integrations.transformers.plan import layer_plan
-from s2attn.integrations.transformers.rows import as_pages, packed_rows, places_of, put, take
+from s2attn.integrations.transformers.rows import as_pages, places_of, put, take
 from s2attn.ops.attention import attention, autocast
 from s2attn.ops.decode import decode
 from s2attn.ops.step import Ask, LayerCall, current_step
@@ -56,13 +57,7 @@ def attention_forward(
     """
     plan = layer_plan(module, query.shape[1], key.shape[1], sliding_window)
     causal = plan.causal if is_causal is None else bool(is_causal)
-    if dropout:
-        raise Unsupported("s2attn has no dropout", {type(module).__name__: [f"attention dropout {dropout}; set it to 0 in the config"]})
-    for name in _REFUSED:
-        if more.get(name) is not None and more[name] is not False:
-            raise Unsupported("s2attn cannot honour an argument of this attention", {type(module).__name__: [f"{name} was given"]})
-    if sliding_window is not None and not causal:
-        raise Unsupported("windows that look both ways have several meanings", {type(module).__name__: ["not causal, sliding_window"]})
+    _check_arguments(type(module).__name__, causal, dropout, sliding_window, more)
     call = LayerCall(plan.pattern, query.shape[1], key.shape[1], plan.layer, causal, plan.heads, scaling, softcap, s_aux, plan.backend)
     paged = getattr(key, PAGED, None)
     places = _EVERYWHERE
@@ -73,23 +68,40 @@ def attention_forward(
                 "the model's mask is a window, of which its attention says nothing", {type(module).__name__: [f"{sliding_window=}"]}
             )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if paged is not None:
-        return paged.attend(call, q, k, v, places), None
-    ask = current_step()
+    ask = current_step() if paged is None else None
+    alone = places.keys is None and paged is None and ask is None
+    if cu_seq_lens_q is not None and not alone:
+        raise bad_value("cu_seq_lens_q", "must be given without padding or a cache", "both")
+    position_ids = more.get("position_ids")
     if ask is not None:
-        return _taken(ask, call, q, k, v, places, more.get("position_ids")), None
-    if cu_seq_lens_q is not None or places.cu is not None:
-        return _packed(call, q, k, v, places, cu_seq_lens_q), None
+        return _taken(ask, call, q, k, v, places, position_ids), None
+    if cu_seq_lens_q is not None:
+        documents = Documents(cu_seq_lens_q)
+    else:
+        shape = len(q), q.shape[1], k.shape[1] + (0 if paged is None else paged.slots)
+        how = {"checks": plan.checks, "paged": paged is not None}
+        documents = find_documents(position_ids, attention_mask, places, shape, **how)
+    if paged is not None:
+        return _paged(paged, call, q, k, v, places, documents), None
+    if documents is not None:
+        return _packed(call, q, k, v, documents), None
     if places.keys is not None and places.queries is not None:
         return _placed(call, query, key, value, places, places.keys, places.queries), None
-    if causal and query.shape[2] == key.shape[2] and query.shape[2] > 1:
-        cu = packed_rows(more.get("position_ids"), len(query), places.flags, plan.layer)
-        if cu is not None:
-            return _packed(call, q, k, v, places, cu), None
     if query.shape[2] == key.shape[2] or not _decodes(query, key, value):
         return _attend(call, q, k, v), None
     slots = torch.full((len(key),), key.shape[2], device=key.device)
     return _decoded(call, query, key, value, places, slots, slots), None
+
+
+def _check_arguments(name: str, causal: bool, dropout: float, sliding_window: int | None, more: dict[str, Any]) -> None:
+    """Refuse what attention of the module called ``name`` asks for and no pattern can say."""
+    if dropout:
+        raise Unsupported("s2attn has no dropout", {name: [f"attention dropout {dropout}; set it to 0 in the config"]})
+    for argument in _REFUSED:
+        if more.get(argument) is not None and more[argument] is not False:
+            raise Unsupported("s2attn cannot honour an argument of this attention", {name: [f"{argument} was given"]})
+    if sliding_window is not None and not causal:
+        raise Unsupported("windows that look both ways have several meanings", {name: ["not causal, sliding_window"]})
 
 
 def _placed(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, keys: Tensor, queries: Tensor) -> Tensor:
@@ -126,13 +138,27 @@ def _decoded(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places:
     return out if order is None else put(out, order, places_of(q) >= q.shape[1] - queries[:, None])
 
 
-def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, cu: Tensor | None) -> Tensor:
-    """Rows that hold several sequences, one after another."""
-    if cu is not None and places.keys is not None:
-        raise bad_value("cu_seq_lens_q", "must be given without padding or a cache", "both")
-    if q.shape[:2] != k.shape[:2]:
-        raise Unsupported("packed rows have no cache", {"cu_seq_lens_q": [f"{q.shape[1]} queries over {k.shape[1]} keys"]})
-    return _attend_packed(call, q, k, v, places.cu if cu is None else cu)
+def _packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Rows that hold several documents, one after another; padding gets 0."""
+    kept = documents.queries
+    if kept is None or documents.keys is None:
+        if q.shape[:2] != k.shape[:2]:
+            raise Unsupported("packed rows have no cache", {"cu_seq_lens_q": [f"{q.shape[1]} queries over {k.shape[1]} keys"]})
+        return _attend_packed(call, q, k, v, documents.cu)
+    new_q, (new_k, new_v) = q.flatten(0, 1)[kept], (x.flatten(0, 1)[documents.keys] for x in (k, v))
+    out = _attend(call, new_q, new_k, new_v, documents.cu)
+    return out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, kept, out).unflatten(0, q.shape[:2])
+
+
+def _paged(paged: Any, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, documents: Documents | None) -> Tensor:
+    """Attention through pages, which get the last document of each row: later tokens continue that one and see no other."""
+    if documents is None or documents.last is None:
+        return paged.attend(call, q, k, v, places)
+    last = documents.last
+    order = torch.argsort(last.to(torch.int8), dim=1, stable=True)
+    count = last.sum(1)
+    kept = paged.attend(call, q, k, v, Places(places.flags, None, count, count, order, order))
+    return torch.where(last[:, :, None, None], kept, _packed(call, q, k, v, documents))
 
 
 def _attend(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None = None) -> Tensor:
@@ -146,7 +172,7 @@ def _attend_packed(call: LayerCall, q: Tensor, k: Tensor, v: Tensor, cu: Tensor 
 
 def _taken(ask: Ask, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places, position_ids: Tensor | None) -> Tensor:
     """Attention through the `s2attn.SparseCache` whose step is on; the model must have been told the places of its tokens."""
-    if places.keys is not None or places.cu is not None:
+    if places.keys is not None:
         raise bad_value("attention_mask", "must be left out while a SparseCache takes a step, which has counts for padding", "a mask")
     expected = ask("positions", q[:, :, 0, 0])
     if position_ids is not None and not torch.equal(position_ids.expand(len(expected), -1), expected):

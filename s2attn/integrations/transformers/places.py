@@ -18,10 +18,11 @@ from torch import Tensor
 
 from s2attn.core import Unsupported
 from s2attn.integrations.transformers.plan import check_trimmed
-from s2attn.integrations.transformers.rows import PERHAPS_PACKED, boundaries
+from s2attn.integrations.transformers.rows import boundaries, document_starts
 
-WINDOW, PACKED = 1, 4
-_KNOWN = ("causal_mask_function", "bidirectional_mask_function", "sliding_window_overlay", "packed_sequence_mask_function")
+WINDOW, PERHAPS_PACKED, PACKED = 1, 2, 4
+_REMAP, _PACKED = "remap_positions_for_packed_sequence", "packed_sequence_mask_function"
+_KNOWN = (_REMAP, _PACKED, "causal_mask_function", "bidirectional_mask_function", "sliding_window_overlay")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,8 @@ class Places:
     """What a mask tensor says, for T queries over S slots of keys.
 
     Attributes:
-        flags: WINDOW: the model's own mask is a sliding window. PERHAPS_PACKED: nobody has looked whether rows are packed.
+        flags: WINDOW: the model's own mask is a sliding window. PERHAPS_PACKED: a compiled model
+            cannot look whether rows are packed.
         cu: None, or the cumulative lengths ``(sequences + 1,)`` of packed rows, all rows one after another.
         keys, queries: None where every slot counts; else ``(B,)`` real tokens among the slots of keys and of queries.
         key_order: None, or ``(B, S)`` slots, real ones first.
@@ -87,7 +89,10 @@ def make_places(
     device: torch.device | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The mask function for Transformers: None where every query sees what causality allows, else the tensor of `Places`.
+    """The mask function for Transformers: the tensor of `Places`.
+
+    It is a new tensor for every call of a model, on which `find_documents` keeps what it found. Compiled code gets None where every query
+    sees what causality allows.
 
     Arguments are those that Transformers gives; ``cache_position`` stands for ``q_length`` and ``q_offset`` in older versions, and in some
     q_length is that tensor.
@@ -102,7 +107,7 @@ def make_places(
     _check_sizes(mask_function, attention_mask, q_length, kv_length)
     if not isinstance(kv_offset, int) or kv_offset:
         check_trimmed(config)
-    if packed is not None and _some(packed != 0):
+    if packed is not None:
         return _flagged(flags | PACKED, boundaries(packed).view(1, -1))
     if q_length == kv_length and isinstance(kv_offset, int) and not kv_offset:
         q_offset = 0  # there is room for nothing else
@@ -113,7 +118,7 @@ def make_places(
             rows = torch.ones(batch_size, 2, dtype=torch.int64, device=device) * q_length
             rows[:, 0] = ends
             return _flagged(flags, rows)
-        return _flagged(flags, torch.empty(1, 0, dtype=torch.int64, device=device)) if flags else None
+        return None if compiling and not flags else _flagged(flags, torch.empty(1, 0, dtype=torch.int64, device=device))
     real = attention_mask[:, kv_offset : kv_offset + kv_length]
     real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1])) & (torch.arange(kv_length, device=real.device) < ends)
     order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
@@ -146,16 +151,15 @@ def _check_sizes(mask_function: Callable[..., Any], mask: Tensor | None, tokens:
 def _read_function(
     function: Callable[..., Any], local_size: int | None, use_vmap: bool, config: Any, compiling: bool
 ) -> tuple[int, Tensor | None]:  # fmt: skip
-    """Flags of a mask function of Transformers, and the numbers of packed sequences; kinds that we do not know are refused."""
+    """Flags of a mask function of Transformers, and where sequences of packed rows start; unknown kinds are refused."""
     window = getattr(config, "sliding_window", None)
     flags, packed = WINDOW if local_size is not None else 0, None
     if compiling:  # closures cannot be looked into: whether a mask is more than its window is asked of position_ids
         joined = function.__name__ == "and_mask"
         flags, names = (flags | PERHAPS_PACKED, []) if joined else (flags, [function.__name__])
     else:
-        parts = list(_parts(function))
-        names = [name for name, _ in parts]
-        packed = next((inside["packed_sequence_mask"] for name, inside in parts if name == "packed_sequence_mask_function"), None)
+        parts = dict(_parts(function))
+        names, packed = [*parts], _packed_starts(parts)
     unknown = [name for name in names if name not in _KNOWN]
     if use_vmap:
         unknown.append("a function of the caller's own")
@@ -166,6 +170,21 @@ def _read_function(
     return flags, packed
 
 
+def _packed_starts(parts: dict[str, dict[str, Any]]) -> Tensor | None:
+    """Where sequences start ``(B, T)``, for models that do not hand position_ids to their layers.
+
+    Before Transformers 5 or so the mask function holds its own numbers of sequences alone, which change at gaps too.
+    """
+    if _REMAP in parts:
+        starts = document_starts(parts[_REMAP]["position_ids"])
+    elif _PACKED in parts:
+        numbers = parts[_PACKED]["packed_sequence_mask"]
+        starts = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    else:
+        return None
+    return starts if _some(starts[:, 1:]) else None
+
+
 def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of the functions that a mask function was joined from, each with what it holds."""
     name = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
@@ -174,7 +193,7 @@ def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, dict[str, Any]]]
     if name == "and_masks":
         for part in inside["mask_functions"]:
             yield from _parts(part)
-    elif name == "remap_positions_for_packed_sequence":
+        return
+    yield name, inside
+    if name == _REMAP:
         yield from _parts(inside["mask_function"])
-    else:
-        yield name, inside

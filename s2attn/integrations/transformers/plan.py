@@ -15,6 +15,7 @@ from s2attn.patterns import And, ByRange, Dense, Or, Pattern, PerHead, Recipe, W
 
 KEPT, BACKEND = "_s2attn_plan", "_s2attn_backend"
 """What is kept on a module: its plan, and the backend that `patch` was told."""
+_NO_ATTENTION = ("linear_attention", "mamba", "conv", "moe")  # kinds of layers in a configuration's layer_types
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class LayerPlan:
         pattern: cut to that window.
         heads: the global heads that these are; None for all of the model.
         backend: as of `s2attn.attention`.
+        checks: whether it is the first attention layer of the model, which in compiled code checks what concerns all of them.
     """
 
     spec: Any
@@ -36,6 +38,7 @@ class LayerPlan:
     causal: bool
     heads: HeadRange | None
     backend: str
+    checks: bool
 
 
 def layer_plan(module: nn.Module, heads: int, kv_heads: int, window: int | None) -> LayerPlan:
@@ -88,7 +91,9 @@ def make_plan(module: nn.Module, given: tuple[int, int, int | None]) -> LayerPla
         raise Unsupported("s2attn cannot serve this attention module", {type(module).__name__: why})
     heads = head_range(module, given[:2], (config.num_attention_heads, kv_heads_of(config)))
     pattern = recipe.pattern(layer) if given[2] is None else within(recipe.pattern(layer), given[2])
-    return LayerPlan(spec, given, layer, pattern, bool(causal), heads, module.__dict__.get(BACKEND, "auto"))
+    kinds = getattr(config, "layer_types", None) or ()
+    checks = layer == next((i for i, kind in enumerate(kinds) if kind not in _NO_ATTENTION), 0)
+    return LayerPlan(spec, given, layer, pattern, bool(causal), heads, module.__dict__.get(BACKEND, "auto"), checks)
 
 
 def kv_heads_of(config: Any) -> int:

@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from s2attn.core import Unsupported
-
-PERHAPS_PACKED = 2
-"""Flag of a mask that was made where nobody may look whether rows are packed."""
-_KNOWN = "_s2attn_packed"
-
 
 def take(x: Tensor, order: Tensor) -> Tensor:
     """``x`` ``(B, S, heads, width)`` with the slots of every row in this order ``(B, S)``."""
@@ -39,33 +33,37 @@ def as_pages(x: Tensor, length: int, size: int) -> Tensor:
     return x.contiguous().view(-1, size, 1, width).expand(-1, -1, kv_heads, -1)
 
 
-def boundaries(packed: Tensor) -> Tensor:
-    """Cumulative lengths of the sequences that ``packed`` ``(B, T)`` numbers within each row, the rows one after another."""
-    begins = torch.ones_like(packed, dtype=torch.bool)
-    begins[:, 1:] = packed[:, 1:] != packed[:, :-1]
-    return torch.cat([begins.flatten().nonzero()[:, 0], torch.tensor([packed.numel()], device=packed.device)])
+def document_starts(positions: Tensor, real: Tensor | None = None) -> Tensor:
+    """The tokens that begin a document, by the rule of this integration for packed rows.
 
+    A document begins at the first token of a row, where positions decrease, and where a position 0
+    follows a position 0, as after a document of one token. Gaps, larger steps and repeated positions
+    begin none, nor does a repeated 0 where later positions of the same document repeat too
+    (0, 0, 1, 1).
 
-def packed_rows(position_ids: Tensor | None, batch: int, flags: int, layer: int) -> Tensor | None:
-    """Cumulative lengths of the sequences in rows whose positions begin anew, as Transformers packs them; None for whole rows.
+    Args:
+        positions: ``(B, T)`` integers.
+        real: ``(B, T)`` bool, which of them count: adjacent ones in each row. All by default.
 
-    Transformers looks for them where there is no cache only; a prompt that fills one is packed too. Looked at once for all layers of a
-    model. Compiled code cannot look, and fails where it would have had to.
+    Returns:
+        ``(B, T)`` bool.
+
+    >>> document_starts(torch.tensor([[0, 1, 2, 0, 0, 1], [0, 0, 1, 1, 5, 9]])).int().tolist()
+    [[1, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
     """
-    if position_ids is None or position_ids.dim() != 2:
-        if flags & PERHAPS_PACKED:
-            why = "compiled models whose layers are not told position_ids need cu_seq_lens_q"
-            raise Unsupported("nobody knows whether rows are packed", {"position_ids": [why]})
-        return None
-    if torch.compiler.is_compiling():
-        if layer == 0:
-            whole = (position_ids[:, 1:] - position_ids[:, :-1] == 1).all()
-            torch._assert_async(whole, "position_ids say that rows are packed: compiled s2attn needs their cu_seq_lens_q")
-        return None
-    version = None if position_ids.is_inference() else (position_ids._version, batch)  # torch does not count changes of inference tensors
-    known = position_ids.__dict__.get(_KNOWN)
-    if known is None or version is None or known[0] != version:
-        numbers = (position_ids[:, 1:] - position_ids[:, :-1] != 1).cumsum(1)
-        found = boundaries(pad(numbers, (1, 0)).expand(batch, -1)) if numbers[:, -1].any() else None
-        known = position_ids.__dict__[_KNOWN] = version, found
-    return known[1]
+    before, now = positions[:, :-1], positions[:, 1:]
+    real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    both = real[:, :-1] & real[:, 1:]
+    falls = pad(both & (now < before), (1, 0))
+    repeats = pad(both & (now == before), (1, 0))
+    run = falls.cumsum(1)
+    repeated = (repeats & (positions != 0)).to(run.dtype)
+    repeated = torch.zeros_like(run).scatter_reduce(1, run, repeated, "amax").gather(1, run) > 0
+    first = real & ~pad(real[:, :-1], (1, 0))
+    return first | falls | (repeats & (positions == 0) & ~repeated)
+
+
+def boundaries(starts: Tensor) -> Tensor:
+    """Cumulative lengths ``(sequences + 1,)`` of sequences that begin where ``starts`` is true."""
+    starts = starts.flatten()
+    return torch.cat([starts.nonzero()[:, 0], torch.tensor([len(starts)], device=starts.device)])

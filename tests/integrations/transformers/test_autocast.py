@@ -64,7 +64,10 @@ def test_a_cache_under_autocast(family: str, cache: str) -> None:
             }[cache]()
             parts = []
             for begin, end in ((0, 50), (50, 59), (59, 60)):
-                where: dict[str, Any] = {"position_ids": torch.arange(begin, end)[None], CACHE_ARGUMENT: past}
+                where: dict[str, Any] = {
+                    "position_ids": torch.arange(begin, end)[None],
+                    CACHE_ARGUMENT: past,
+                }
                 if transformers.__version__.startswith("4."):
                     where["cache_position"] = torch.arange(begin, end)
                 parts.append(model(tokens[:, begin:end], use_cache=True, **where).logits)

@@ -24,9 +24,10 @@ def causal(**more: Any) -> Any:
 
 
 def test_nothing_is_said_where_every_slot_is_real() -> None:
-    assert causal() is None
-    assert causal(attention_mask=torch.ones(2, 5, dtype=torch.bool)) is None
-    assert causal(q_length=1, q_offset=4, attention_mask=torch.ones(2, 5, dtype=torch.bool)) is None
+    ones = torch.ones(2, 5, dtype=torch.bool)
+    for more in ({}, {"attention_mask": ones}, {"attention_mask": ones, "q_length": 1, "q_offset": 4}):
+        places = read_places(causal(**more), more.get("q_length", 5), 5)
+        assert (places.flags, places.cu, places.keys, places.key_order) == (0, None, None, None)
 
 
 def test_places_of_padded_rows() -> None:
