@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from s2attn.cache.ledger import Ledger
 from s2attn.cache.needs import pattern_of
 from s2attn.cache.sparse import SparseCache
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
@@ -97,6 +99,32 @@ class PastKeyValues(Cache):
             raise bad_value("batch", f"must have {len(self.sequences)} rows, those of the cache; reset() empties it", rows)
         return self.sequences
 
+    def check_room(self, counts: list[int]) -> None:
+        """Check, before any layer changes, that all layers have room for new tokens of the rows.
+
+        Layers give pages back one after another, so that a later layer can take what an earlier one
+        gave back: where the free pages do not suffice for all layers at once, a copy of the ledger
+        goes through the layers. Pages that move between memories are not foreseen.
+
+        Raises:
+            CacheFull: not enough pages. Nothing was changed: make room and repeat the call.
+            ValueError: layers of different lengths, after a call of the model that an error ended.
+        """
+        if len({layer.slots for layer in self._mine}) > 1:
+            rule = "must have layers of one length: an error ended the last call; reset() empties it"
+            raise bad_value("past", rule, [layer.slots for layer in self._mine])
+        ledger, pages = self.pages.ledger, self.pages
+        most = sum(count // pages.page_size + 2 for count in counts) * pages.num_kv_heads
+        enough = most * pages.num_layers <= pages.num_pages - ledger.used_pages
+        if enough or type(ledger) is not Ledger:
+            return
+        trial = deepcopy(ledger)
+        rows = self.sequences or [trial.open() for _ in counts]
+        for layer in range(pages.num_layers):
+            trial.reserve(layer, list(zip(rows, counts, strict=True)))
+            for row in rows:
+                trial.trim(row, layer)
+
 
 class _Layer(CacheLayerMixin):
     """One layer: keys wait until attention comes for them, since only then it is known which of them are padding."""
@@ -120,11 +148,14 @@ class _Layer(CacheLayerMixin):
 
     def attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         """Store the real ones of the new keys, and attend."""
-        pages = self.past.pages
+        pages, self.past.waiting = self.past.pages, None
         self._check(call, places)
         if q.requires_grad and torch.is_grad_enabled():
             raise Unsupported("a cache has no gradient", {"autograd": ["call the model under torch.no_grad()"]})
         q, k, v = autocast(q, k, v)
+        if self.layer == 0:
+            every = [q.shape[1]] * len(q)
+            self.past.check_room(every if places.queries is None else places.queries.tolist())
         sequences = self.past.open(len(q))
         how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}
         if places.key_order is None or places.queries is None:
@@ -136,7 +167,6 @@ class _Layer(CacheLayerMixin):
             packed = pages.attend(sequences, self.layer, new_q, new_k, new_v, cu_seqlens_q=cu, **how)
             out = packed.new_zeros(q.shape[0] * q.shape[1], *packed.shape[1:]).index_copy(0, kept, packed).unflatten(0, q.shape[:2])
         self.slots += q.shape[1]
-        self.past.waiting = None
         return out
 
     def _check(self, call: LayerCall, places: Places) -> None:
