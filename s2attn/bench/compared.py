@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2attn.bench.tables import dense_peer, duration, head_of, notes, plain, reasons
+from s2attn.core import requires
 
 Record = Mapping[str, Any]
 HEAD = ["case", "peer", "density", "executed", "median", "p20 to p80", "TFLOP/s", "x dense", "efficiency", "set-up", "first call", "error"]
@@ -76,8 +77,8 @@ def speedup_chart(records: Mapping[str, Record], path: Path) -> Path:
     Raises:
         ValueError: no row of attention has a speed-up over a dense peer.
     """
-    from matplotlib.figure import Figure
-
+    with requires("speed-ups cannot be drawn", "matplotlib", "lab"):
+        from matplotlib.figure import Figure
     points = speedups([row for record in records.values() for row in record["rows"]])
     if not points:
         raise ValueError("records must hold a row with a speed-up over a dense peer; got none")

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from s2attn.bench.clock import Timing, time_in_turn
+from s2attn.core import requires
 from s2attn.ops import attention
 from s2attn.patterns import Sink, Window
 
@@ -34,8 +35,8 @@ class Overhead:
 
 def measure(tokens: int, keys: int, *, rounds: int = 2000, budget_s: float = 10.0) -> Overhead:
     """Time an attention layer of a tiny Llama, 4 heads over 2 of width 16, against `s2attn.attention` on the same tensors."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    with requires("the adapter cannot be timed", "transformers", "transformers"):
+        from transformers import LlamaConfig, LlamaForCausalLM
     from s2attn.integrations.transformers import attend, patch
 
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}

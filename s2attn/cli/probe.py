@@ -13,7 +13,7 @@ import torch
 
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
-from s2attn.core import Unsupported, bad_value, check_int
+from s2attn.core import Unsupported, bad_value, check_int, requires
 from s2attn.lab.compare import NeedsTraining, compare
 from s2attn.lab.suggest import suggest
 
@@ -78,8 +78,8 @@ def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
 
         model = Phi3Small.from_folder(folder)
     else:
-        from transformers import AutoModelForCausalLM
-
+        with requires("this model cannot be loaded", "transformers", "transformers"):
+            from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     return model.to(torch.device(reading.device)).eval(), tokens
 
@@ -97,8 +97,8 @@ def read_tokens(folder: Path, file: Path) -> list[int]:
         return own_tokens(folder, file.read_bytes())
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise Unsupported("this text cannot be read", {str(folder): ["it holds no tokenizer; give the tokens as a JSON list"]})
-    from transformers import AutoTokenizer
-
+    with requires("this text cannot be read", "transformers", "transformers"):
+        from transformers import AutoTokenizer
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
 

@@ -12,6 +12,6 @@ D    head width of q and k; v may have its own
 ==== =======================================================
 """
 
-from s2attn.core.errors import BLOCKS, Unsupported, bad_kind, bad_value, check_block, check_int
+from s2attn.core.errors import BLOCKS, Unsupported, bad_kind, bad_value, check_block, check_int, requires
 
-__all__ = ["BLOCKS", "Unsupported", "bad_kind", "bad_value", "check_block", "check_int"]
+__all__ = ["BLOCKS", "Unsupported", "bad_kind", "bad_value", "check_block", "check_int", "requires"]

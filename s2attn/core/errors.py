@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 class Unsupported(RuntimeError):
@@ -24,6 +25,32 @@ class Unsupported(RuntimeError):
         self.reasons = {name: list(why) for name, why in (reasons or {}).items()}
         lines = [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
         super().__init__("\n".join([what, *lines]))
+
+
+@contextmanager
+def requires(what: str, package: str, extra: str) -> Iterator[None]:
+    """Name the extra of s2attn to install where an import inside the block misses ``package``.
+
+    Args:
+        what: what cannot be done without it, as a sentence.
+
+    Raises:
+        Unsupported: the package is not installed. Any other failing import is raised as it is.
+
+    >>> with requires("tables cannot be drawn", "a_package", "lab"):
+    ...     import a_package
+    Traceback (most recent call last):
+    ...
+    s2attn.core.errors.Unsupported: tables cannot be drawn
+      a_package: not installed: pip install 's2attn[lab]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        hint = f"not installed: pip install 's2attn[{extra}]'"
+        raise Unsupported(what, {package: [hint]}) from error
 
 
 def bad_value(argument: str, rule: str, came: object) -> ValueError:

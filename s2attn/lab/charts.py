@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2attn.core import requires
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,8 +21,8 @@ OPS = {"forward": "forward", "forward_backward": "forward + backward"}
 
 def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of panels of ``width`` x ``height`` inches, row by row."""
-    from matplotlib.figure import Figure
-
+    with requires("charts cannot be drawn", "matplotlib", "lab"):
+        from matplotlib.figure import Figure
     figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for axis in axes:

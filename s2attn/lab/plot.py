@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.core import bad_kind, bad_value, check_int, requires
 from s2attn.lab.raster import Raster, last_blocks, raster_of
 from s2attn.lab.stack import stack_of
 from s2attn.layout import Layout, build_layout, dense_pairs
@@ -102,12 +102,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         Unsupported: matplotlib is not installed.
     """
-    try:
+    with requires("plot cannot draw", "matplotlib", "lab"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        reason = "matplotlib is not installed; pip install 's2attn[lab]' brings it"
-        raise Unsupported("plot cannot draw", {"matplotlib": [reason]}) from error
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure

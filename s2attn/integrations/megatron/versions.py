@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from s2attn.core import Unsupported
+from s2attn.core import Unsupported, requires
 
 OLDEST, NEWEST = (0, 16), (0, 16)
 """The first and the last minor version that the tests know."""
@@ -25,11 +25,8 @@ def check_version(version: str | None = None) -> None:
       megatron-core: must be of version 0.16; got 0.9.0
     """
     if version is None:
-        try:
+        with requires("s2attn.integrations.megatron cannot run", "megatron", "megatron"):
             from megatron.core import __version__ as version
-        except ModuleNotFoundError as error:
-            reason = f"must be installed, as s2attn[megatron] does; {error}"
-            raise Unsupported("s2attn.integrations.megatron cannot run", {"megatron-core": [reason]}) from error
     parts = str(version).split(".")
     minor = tuple(int(part) for part in parts[:2]) if all(part.isdecimal() for part in parts[:2]) else ()
     if not OLDEST <= minor <= NEWEST:

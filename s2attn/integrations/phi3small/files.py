@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2attn.core import Unsupported, bad_value
+from s2attn.core import bad_value, requires
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -61,10 +60,8 @@ def load_weights(
 
 def _open(folder: Path) -> dict[str, Any]:
     """An open file for each name of a weight."""
-    if find_spec("safetensors") is None:
-        raise Unsupported("weights cannot be read", {"safetensors": ["not installed: pip install 's2attn[phi3small]'"]})
-    from safetensors import SafetensorError, safe_open
-
+    with requires("weights cannot be read", "safetensors", "phi3small"):
+        from safetensors import SafetensorError, safe_open
     index = folder / INDEX
     where = _read_index(index) if index.is_file() else None
     names = [ONE] if where is None else sorted(set(where.values()))

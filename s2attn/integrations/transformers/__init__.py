@@ -8,8 +8,11 @@
 torch.Size([1, 50, 64])
 """
 
-from s2attn.integrations.transformers.interface import CACHE_ARGUMENT, NAME, OLDEST, register
-from s2attn.integrations.transformers.model import patch, patched, unpatch
-from s2attn.integrations.transformers.past import PastKeyValues
+from s2attn.core import requires
+
+with requires("s2attn.integrations.transformers cannot run", "transformers", "transformers"):
+    from s2attn.integrations.transformers.interface import CACHE_ARGUMENT, NAME, OLDEST, register
+    from s2attn.integrations.transformers.model import patch, patched, unpatch
+    from s2attn.integrations.transformers.past import PastKeyValues
 
 __all__ = ["CACHE_ARGUMENT", "NAME", "OLDEST", "PastKeyValues", "patch", "patched", "register", "unpatch"]

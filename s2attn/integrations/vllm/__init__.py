@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from s2attn.core import Unsupported
+from s2attn.core import Unsupported, requires
 
 NAME = "S2ATTN"
 """What ``--attention-backend`` is told."""
@@ -24,6 +24,7 @@ __all__ = ["NAME", "ON_CPU", "S2Backend", "check_version", "plugin", "register"]
 
 _LAZY = {"S2Backend", "S2CpuBackend"}
 _PATH = "s2attn.integrations.vllm.backend"
+_CANNOT = "s2attn.integrations.vllm cannot run"
 
 
 def check_version(version: str) -> None:
@@ -47,10 +48,10 @@ def register() -> None:
     """Tell vLLM of the attention backend and of the KV cache that goes with it; again is the same as once.
 
     Raises:
-        Unsupported: a version of vLLM that was not tested.
+        Unsupported: a version of vLLM that was not tested, or none.
     """
-    import vllm
-
+    with requires(_CANNOT, "vllm", "vllm"):
+        import vllm
     check_version(vllm.__version__)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -90,4 +91,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_PATH), name)
+    with requires(_CANNOT, "vllm", "vllm"):
+        return getattr(import_module(_PATH), name)

@@ -10,14 +10,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.core import bad_kind, bad_value, check_int, requires
 from s2attn.integrations.spec import read_spec
 from s2attn.lab.model import ModelConfig
 from s2attn.lab.train import TrainConfig
 from s2attn.lab.words import read_what
 from s2attn.patterns import Local, Pattern, Recipe, Stride
 
-tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+with requires("training files cannot be read", "tomli", "lab"):
+    tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 TOKENIZERS = ("bytes", "bpe")
 RECIPE = Recipe(Local(2) | Stride(4), dense_layers=[0])

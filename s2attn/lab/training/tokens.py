@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_value, check_int
+from s2attn.core import bad_value, check_int, requires
 from s2attn.lab.data import END_OF_FILE, VOCABULARY
 from s2attn.lab.training.files import write_file
 
@@ -73,9 +73,9 @@ class BytePairs:
         Args:
             vocabulary: tokens, with the 256 bytes and the end; fewer when the texts do not give so many.
         """
-        from tokenizers import Tokenizer as Inner
-        from tokenizers import decoders, models, pre_tokenizers, trainers
-
+        with requires("byte pairs cannot be learned", "tokenizers", "lab"):
+            from tokenizers import Tokenizer as Inner
+            from tokenizers import decoders, models, pre_tokenizers, trainers
         if check_int("data.vocabulary", vocabulary, 1) <= VOCABULARY:
             raise bad_value("data.vocabulary", f"must be above {VOCABULARY}, for all bytes and the end of documents", vocabulary)
         inner = Inner(models.BPE())
@@ -89,8 +89,8 @@ class BytePairs:
     @classmethod
     def load(cls, path: Path) -> BytePairs:
         """The tokenizer that :meth:`save` wrote."""
-        from tokenizers import Tokenizer as Inner
-
+        with requires("byte pairs cannot be read", "tokenizers", "lab"):
+            from tokenizers import Tokenizer as Inner
         return cls._of(Inner.from_file(str(path)))
 
     @classmethod
