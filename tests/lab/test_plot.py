@@ -122,9 +122,7 @@ def test_nobody_elses_plots_are_touched(tmp_path):
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        Unsupported, match=r"plot cannot draw\n  matplotlib: not installed: pip install 's2attn\[lab\]'"
-    ):
+    with pytest.raises(Unsupported, match=r"plot cannot draw\n  matplotlib: not installed: pip install 's2attn\[lab\]'"):
         plot(Dense(), path=tmp_path / "a.png")
 
 
