@@ -31,7 +31,7 @@ WITHOUT_CUDA = | grep -v -e '^nvidia-' -e '^cuda-'
 # The oldest Transformers that works, in an environment of its own; BERT and parallel models there have other interfaces.
 OLDEST := .venv-transformers-oldest
 OLDEST_TRANSFORMERS := transformers==4.56.2
-OLDEST_TESTS := $(addprefix tests/integrations/transformers/test_,families.py masks.py model.py rows.py)
+OLDEST_TESTS := $(addprefix tests/integrations/transformers/test_,autocast.py documents.py families.py masks.py model.py room.py rows.py)
 # What `make check` runs.
 CHECKED := s2attn $(addprefix tests/,analysis architecture backends cache cli layout nn ops patterns schedule selectors tuning)
 # One torch thread per worker: workers that share cores must not fight for them.
