@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +9,22 @@ import numpy as np
 import torch
 
 from s2attn.cache.ledger import GONE
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, atomic_write, bad_value
+from s2attn.core.files import append_checksum, verify_checksum
 from s2attn.layout import HeadRange
 from s2attn.patterns import Pattern, Recipe
 
 if TYPE_CHECKING:
     from s2attn.cache.sparse import SparseCache
 
-VERSION = 1
+VERSION = 2
+_RULE = "must be a file that SparseCache.save wrote"
 _NUMBERS = ("num_kv_heads", "head_dim", "v_dim", "num_pages", "max_tokens", "num_layers", "num_heads", "page_size", "hold")
 _BOOKS = {"table": (torch.int32, 3), "lengths": (torch.int64, 1), "tokens": (torch.int64, 1)}
 _FIELDS = {"format", "version", "settings", "dtype", "pattern", "heads", "sequences", "k", "v"}
 
 
-def save(cache: SparseCache, path: Path | str) -> None:
+def save(cache: SparseCache, path: StrPath) -> None:
     """Write a cache; see :meth:`SparseCache.save`."""
     used = np.flatnonzero(cache.ledger.references)
     number = np.full(cache.ledger.num_pages + 1, GONE, dtype=np.int32)  # the last one answers GONE
@@ -39,17 +40,20 @@ def save(cache: SparseCache, path: Path | str) -> None:
     heads = cache.heads and [cache.heads.start, cache.heads.end, cache.heads.num_heads, cache.heads.num_kv_heads]
     pattern = "recipe" if isinstance(cache.pattern, Recipe) else "pattern", cache.pattern.to_json()
     plain = {"format": "s2attn.SparseCache", "version": VERSION, "settings": settings, "dtype": str(pools[0].dtype).removeprefix("torch.")}
-    torch.save({**plain, "pattern": pattern, "heads": heads, "sequences": sequences, "k": pools[0], "v": pools[1]}, path)
+    with atomic_write(as_path("path", path)) as file:
+        torch.save({**plain, "pattern": pattern, "heads": heads, "sequences": sequences, "k": pools[0], "v": pools[1]}, file)
+        append_checksum(file)
 
 
-def read(path: Path | str) -> dict[str, Any]:
+def read(path: StrPath) -> dict[str, Any]:
     """What :func:`save` wrote; nothing but tensors, numbers and text is unpickled."""
+    verify_checksum(as_path("path", path), _RULE)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise bad_value("path", "must be a file that SparseCache.save wrote", f"{path} ({str(error).splitlines()[0][:80]})") from None
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise bad_value("path", _RULE, f"{path} ({str(error).splitlines()[0][:80]})") from None
     if not isinstance(data, dict) or data.get("format") != "s2attn.SparseCache" or set(data) != _FIELDS:
-        raise bad_value("path", "must be a file that SparseCache.save wrote", path)
+        raise bad_value("path", _RULE, path)
     if data["version"] != VERSION:
         raise bad_value("path", f"must have version {VERSION}", data["version"])
     return data

@@ -1,4 +1,4 @@
-"""The lowest room: errors, argument checks and the legend of dimensions. Standard library only.
+"""The lowest room: errors, argument checks, atomic files and the legend of dimensions. Standard library only.
 
 Dimension legend, used in every docstring:
 
@@ -13,5 +13,17 @@ D    head width of q and k; v may have its own
 """
 
 from s2attn.core.errors import BLOCKS, Unsupported, bad_kind, bad_value, check_block, check_int
+from s2attn.core.files import StrPath, as_path, atomic_write, write_text
 
-__all__ = ["BLOCKS", "Unsupported", "bad_kind", "bad_value", "check_block", "check_int"]
+__all__ = [
+    "BLOCKS",
+    "StrPath",
+    "Unsupported",
+    "as_path",
+    "atomic_write",
+    "bad_kind",
+    "bad_value",
+    "check_block",
+    "check_int",
+    "write_text",
+]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from s2attn import Dense, HeadRange, Local, Recipe, SparseAttention, SparseCache, Stride
 from s2attn.cache import CacheFull
+from s2attn.core import atomic_write
+from s2attn.core.files import append_checksum
 
 S2 = Local(2, 16) | Stride(3, block=16)
 SHAPE = {"num_kv_heads": 2, "num_heads": 4, "head_dim": 8, "v_dim": 6, "page_size": 16, "num_layers": 2, "max_tokens": 400}
@@ -22,6 +28,13 @@ def step(cache: SparseCache, sequences: list[int], count: int, seed: int) -> lis
             q, k, v = (torch.randn(batch, count, *shape, generator=generator) for shape in ((4, 8), (2, 8), (2, 6)))
             outs.append(layer(q, k, v))
     return outs
+
+
+def seal(data: object, path: Path) -> None:
+    """Write any data with a checksum that fits."""
+    with atomic_write(path) as file:
+        torch.save(data, file)
+        append_checksum(file)
 
 
 @pytest.fixture
@@ -88,7 +101,7 @@ def test_ranks_and_patterns_come_back(tmp_path) -> None:
     ("change", "message"),
     [
         (lambda data: data.pop("k"), "path must be a file that SparseCache.save wrote"),
-        (lambda data: data.update(version=2), "path must have version 1; got 2"),
+        (lambda data: data.update(version=1), "path must have version 2; got 1"),
         (lambda data: data.update(k=data["k"].half()), r"path must hold \d+ pages of \(16, 1, 8\) torch\.float32"),
         (lambda data: data.update(v=data["v"][1:]), r"path must hold \d+ pages of \(16, 1, 6\)"),
         (lambda data: data.update(dtype="int8"), "dtype must be one of"),
@@ -104,16 +117,48 @@ def test_files_that_do_not_fit_together_are_refused(cache, tmp_path, change, mes
     cache.save(tmp_path / "cache.pt")
     data = torch.load(tmp_path / "cache.pt", weights_only=True)
     change(data)
-    torch.save(data, tmp_path / "cache.pt")
+    seal(data, tmp_path / "cache.pt")
     with pytest.raises(ValueError, match=message):
         SparseCache.load(tmp_path / "cache.pt")
 
 
 def test_other_files_are_refused(tmp_path) -> None:
     (tmp_path / "text.pt").write_text("not a cache")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    for name in ("text.pt", "module.pt"):
+    torch.save({}, tmp_path / "plain.pt")
+    seal(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    seal({"format": "another"}, tmp_path / "other.pt")
+    for name in ("text.pt", "plain.pt", "module.pt", "other.pt"):
         with pytest.raises(ValueError, match=r"path must be a file that SparseCache\.save wrote; got "):
             SparseCache.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         SparseCache.load(tmp_path / "nothing.pt")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bits_and_missing_ends_are_refused(data: st.DataObject, cache: SparseCache, tmp_path: Path) -> None:
+    path = tmp_path / "cache.pt"
+    cache.save(path)
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[at:]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"path must be a file that SparseCache\.save wrote; got .*cache\.pt"):
+        SparseCache.load(str(path))
+
+
+def test_a_save_that_fails_leaves_the_file_before(cache: SparseCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache.pt"
+    cache.save(path)
+    content = path.read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2attn.cache.saved.append_checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.save(path)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]

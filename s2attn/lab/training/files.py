@@ -6,56 +6,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PARTIAL = ".partial"
+from s2attn.core.files import PARTIAL, append_checksum, atomic_write
 
 
 def write_file(path: Path, content: str | dict[str, Any]) -> None:
-    """Write text, or a dict with `torch.save`; what stood there before stays until the new file is complete.
+    """Write text, or a dict with `torch.save` and a checksum; the file that was there stays until the new one is complete.
 
     Raises:
         OSError: the disk is full, or may not be written to.
     """
-    beside = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        with _Watched(FileIO(beside, "w")) as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                _dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written and is as it was: {error.strerror}") from error
-
-
-class _Watched(BufferedWriter):
-    """A file that remembers why it could not be written."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def _dump(content: dict[str, Any], file: _Watched) -> None:
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:  # torch's writer hides the reason for which it could not write
-        if file.error is None:
-            raise
-        raise file.error from error
+    with atomic_write(path) as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
+            append_checksum(file)
 
 
 @contextmanager
