@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,7 @@ class TwoPools(Ledger):
             if check_int("host_layers", layer, 0) >= len(needs):
                 raise bad_value("host_layers", f"must name layers below {len(needs)}", layer)
         self.device_pages, self.host_layers = num_pages, frozenset(host_layers)
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._free_on_host = list(range(self.num_pages - 1, num_pages - 1, -1))
+        self._set_free(list(range(self.num_pages - 1, -1, -1)))
         self.most_on_device = self.most_on_host = 0
 
     @property
@@ -49,23 +48,41 @@ class TwoPools(Ledger):
     def used_pages(self) -> int:
         return self.on_device + self.on_host
 
+    def checkpoint(self, sequences: Iterable[int], layer: int | None = None, *, opened: bool = True) -> Callable[[], None]:
+        """As of `Ledger`; other sequences, whose pages :meth:`send` may give other numbers, get the old numbers back."""
+        listed, layers = set(sequences), slice(None) if layer is None else slice(layer, layer + 1)
+        base = super().checkpoint(listed, layer, opened=opened)
+        others = [(mine, mine.table[layers].copy()) for number, mine in self._sequences.items() if number not in listed]
+        most = self.most_on_device, self.most_on_host
+
+        def undo() -> None:
+            for mine, before in others:
+                now = mine.table[layers, :, : before.shape[2]]
+                sent = (now >= self.device_pages) & (before != GONE) & (before < self.device_pages)
+                now[sent] = before[sent]
+            self.most_on_device, self.most_on_host = most
+            base()
+
+        return undo
+
     def send(self, layer: int, pages: Array) -> Array:
         """Give pages of a layer other numbers, on the host: ``(n, 2)`` old and new ones of as many as there is room for.
 
         All sequences that share a page follow it. Somebody has to copy what it holds before the old number is used again.
         """
-        old = pages[: len(self._free_on_host)]
-        new = self._taken(self._free_on_host, len(old))
-        self.references[new], self.references[old] = self.references[old], 0
-        moved = np.arange(self.num_pages, dtype=np.int32)
-        moved[old] = new
-        for mine in self._sequences.values():
-            table = mine.table[layer]
-            held = table != GONE
-            table[held] = moved[table[held]]
-        self._free.extend(old.tolist())
-        self._count()
-        return np.stack([old, new], axis=1)
+        with self.whole((), layer):
+            old = pages[: len(self._free_on_host)]
+            new = self._taken(self._free_on_host, len(old))
+            self.references[new], self.references[old] = self.references[old], 0
+            moved = np.arange(self.num_pages, dtype=np.int32)
+            moved[old] = new
+            for mine in self._sequences.values():
+                table = mine.table[layer]
+                held = table != GONE
+                table[held] = moved[table[held]]
+            self._free.extend(old.tolist())
+            self._count()
+            return np.stack([old, new], axis=1)
 
     def _check_room(self, needed: Mapping[int, int]) -> None:
         for where, free, total, here in (
@@ -84,6 +101,10 @@ class TwoPools(Ledger):
     def _give_back(self, pages: list[int]) -> None:
         self._free.extend(page for page in pages if page < self.device_pages)
         self._free_on_host.extend(page for page in pages if page >= self.device_pages)
+
+    def _set_free(self, pages: list[int]) -> None:
+        self._free, self._free_on_host = [], []
+        self._give_back(pages)
 
     def _count(self) -> None:
         self.most_on_device, self.most_on_host = max(self.most_on_device, self.on_device), max(self.most_on_host, self.on_host)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ from s2attn.cache.bus import Bus
 from s2attn.cache.host_ledger import TwoPools
 from s2attn.cache.host_parts import packed_layout, split_by_page
 from s2attn.cache.host_plan import plan_layers
-from s2attn.cache.ledger import GONE, Room
+from s2attn.cache.ledger import GONE
 from s2attn.cache.needs import most_pages, page_needs, pages_read, pattern_of
 from s2attn.cache.probe import cache_shape
 from s2attn.cache.sparse import SparseCache
-from s2attn.core import Unsupported, bad_value, check_int
+from s2attn.core import StrPath, Unsupported, bad_value, check_int
 from s2attn.layout import HeadRange, Layout
 from s2attn.ops.decode import decode
 from s2attn.ops.merge import merge
@@ -70,11 +69,15 @@ class HostedCache(SparseCache):
         self.spill = spill if spill is None or isinstance(spill, str) else check_int("spill", spill, 1)
         self.host_pages, self.host_layers = check_int("host_pages", host_pages, 1), tuple(sorted(set(host_layers)))
         super().__init__(pattern, **options)
-        self.bus = Bus(self._k.device)
-        k, v = (self.bus.memory((host_pages, *pool.shape[1:]), pool.dtype) for pool in self.pools)
-        self._host = k, v
+        self.bus = Bus(self.pools[0].device)
+        widths = self.pools[0].shape[-1], self.pools[1].shape[-1]
+        self._host_memory = self._new_pools(self.bus.memory, self.pools[0].dtype, widths, host_pages)
         self._coming: list[tuple[Tensor, Callable[[], list[Tensor]]]] = []
         self._looked: dict[tuple[int, int], int] = {}
+
+    @property
+    def _host(self) -> tuple[Tensor, Tensor]:
+        return self._host_memory.both
 
     def _new_ledger(self, needs: np.ndarray) -> TwoPools:
         options = {"page_size": self.page_size, "num_pages": self.num_pages, "max_tokens": self.max_tokens, "hold": self.hold}
@@ -113,7 +116,7 @@ class HostedCache(SparseCache):
             room = {"tokens": max_tokens, "sequences": sequences, "chunk": chunk, "page_size": size, "hold": hold}
             plan = plan_layers(shape["pattern"], device_bytes=device_bytes, **room, **{name: shape[name] for name in names})
             pages: Any = {"num_pages": max(1, plan.device_pages), "host_pages": max(1, plan.host_pages)}
-            return cls(**shape, **pages, host_layers=plan.host_layers, max_tokens=max_tokens, hold=hold)
+            return cls(**shape, **pages, host_layers=plan.host_layers, max_tokens=max_tokens, hold=hold, preallocate=False)
         query_heads = shape["num_heads"]
         everyone = shape["heads"] or HeadRange(0, query_heads, query_heads, shape["num_kv_heads"])
         needs = page_needs(shape["pattern"], everyone, shape["num_kv_heads"], shape["num_layers"], max_tokens, size)
@@ -133,18 +136,31 @@ class HostedCache(SparseCache):
             spill=spill,
             max_tokens=max_tokens,
             hold=hold,
+            preallocate=num_pages is not None,
         )
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: StrPath) -> None:
         """Refused: a file is of a cache in one memory."""
         raise Unsupported("this cache cannot be saved", {"HostedCache": ["its pages lie in two memories"]})
 
     @classmethod
-    def load(cls, path: Path | str, *, num_pages: int | None = None, device: torch.device | str = "cpu") -> SparseCache:
+    def load(
+        cls, path: StrPath, *, num_pages: int | None = None, max_tokens: int | None = None, device: torch.device | str = "cpu"
+    ) -> SparseCache:
         """Refused: a file is of a cache in one memory; `SparseCache.load` reads it."""
         raise Unsupported("a file is of a cache in one memory", {"HostedCache": ["SparseCache.load reads it"]})
 
     # bytes
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the memory that is allocated for pages on the device and on the host, in use or not."""
+        return self._memory.bytes + self._host_memory.bytes
+
+    @property
+    def bytes_allocated_on_device(self) -> int:
+        """Bytes of the memory that is allocated for pages on the device."""
+        return self._memory.bytes
 
     @property
     def bytes_on_device(self) -> int:
@@ -167,7 +183,7 @@ class HostedCache(SparseCache):
         first = self.num_pages * self.page_size  # slots of pages on the host begin here
         here, there = (slots >= 0) & (slots < first), slots >= first
         if bool(here.any()):
-            super().store(k, v, torch.where(here, slots, GONE).to(self._k.device))
+            super().store(k, v, torch.where(here, slots, GONE).to(self.pools[0].device))
         if bool(there.any()):
             self._arrive()
             new_k, new_v = (x.detach().reshape(-1, 1, x.shape[-1]) for x in (k, v))
@@ -234,11 +250,13 @@ class HostedCache(SparseCache):
             return here, None
         return here if here.rows.entries else None, there
 
-    def copy_pages(self, rooms: Sequence[Room]) -> None:
-        """Make the copies that new tokens of forks need, from and to whichever memory."""
-        copies = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *(room.copies for room in rooms)]).astype(np.int64))
-        if not len(copies):
-            return
+    def fit_memory(self) -> None:
+        """Have memory for all pages in use, on the device and on the host."""
+        self._memory.fit(self.pages.most_on_device)
+        self._host_memory.fit(self.pages.most_on_host)
+
+    def copy_pages(self, copies: Tensor) -> None:
+        """Copy pages, from and to whichever memory."""
         self._arrive()
         first = self.num_pages
         ends = copies >= first
@@ -254,20 +272,31 @@ class HostedCache(SparseCache):
 
     # pages that go to the host
 
+    def checkpoint(self, sequences: Sequence[int], layer: int | None = None, *, opened: bool = True) -> Callable[[], None]:
+        """As of `SparseCache`."""
+        undo, looked = super().checkpoint(sequences, layer, opened=opened), dict(self._looked)
+
+        def both() -> None:
+            undo()
+            self._looked = looked
+
+        return both
+
     def trim(self, sequence: int, layer: int | None = None) -> None:
         """Give back the pages that no later query reads, and send to the host what `spill` says."""
         super().trim(sequence, layer)
         if self.spill is None:
             return
-        for one in range(self.num_layers) if layer is None else [layer]:
-            if one not in self.host_layers:
-                self._spill(sequence, one)
+        with self.whole([sequence], layer):
+            for one in range(self.num_layers) if layer is None else [layer]:
+                if one not in self.host_layers:
+                    self._spill(sequence, one)
 
     def free(self, sequence: int) -> None:
         """Forget a sequence and give its pages back."""
-        super().free(sequence)
-        for layer in range(self.num_layers):
-            self._looked.pop((sequence, layer), None)
+        with self.whole([sequence]):
+            super().free(sequence)
+            self._looked = {place: full for place, full in self._looked.items() if place[0] != sequence}
 
     def _spill(self, sequence: int, layer: int) -> None:
         length = self.length(sequence, layer)
@@ -283,12 +312,14 @@ class HostedCache(SparseCache):
             chosen &= ~listed[:, :full]
         moves = torch.from_numpy(self.pages.send(layer, table[chosen]).astype(np.int64))
         if len(moves):
+            self.fit_memory()
             coming = self.bus.fetch(*(pool[moves[:, 0].to(pool.device)] for pool in self.pools))
             self._coming.append((moves[:, 1] - self.num_pages, coming))
 
     def _arrive(self) -> None:
         """Put pages that are on their way to the host where they belong, before anything is read or written there."""
-        coming, self._coming = self._coming, []
-        for places, pages in coming:
+        while self._coming:
+            places, pages = self._coming[0]
             for pool, held in zip(self._host, pages(), strict=True):
                 pool[places] = held
+            del self._coming[0]  # not before: an interrupt would lose the pages

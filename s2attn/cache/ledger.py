@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,16 @@ class CacheFull(RuntimeError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.texts: list[Any] = []
+
+
+@contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """Call ``undo`` when the block raises anything at all, an interrupt too."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +73,10 @@ class Ledger:
         P1  a page is free, or as many tables hold it as its count of references says, each once
         P2  a table holds a page wherever it has tokens that a query at its length or later reads, or one of the ``hold`` queries before
         P3  tokens are only written to pages of one owner
+        P4  a page below ``most_pages`` is taken before any other, so that memory for ``most_pages`` pages is enough
+
+    Every method changes all that it says or, when it raises anything at all, nothing: counts and free pages are made anew from the tables
+    then. Only what :meth:`trim` gives back before new pages are taken stays given back.
     """
 
     def __init__(self, needs: Array, *, page_size: int, num_pages: int, max_tokens: int, hold: int = 0) -> None:
@@ -88,13 +103,47 @@ class Ledger:
     def fork(self, sequence: int) -> int:
         """A new sequence that begins with all tokens of another one; both share its pages until one of them writes to the last."""
         mine = self._level(sequence, "be forked")
-        self.references[mine.table[mine.table != GONE]] += 1
-        return self._enter(_Sequence(mine.table.copy(), mine.lengths.copy()))
+        with self.whole():
+            number = self._enter(_Sequence(mine.table.copy(), mine.lengths.copy()))
+            self.references[mine.table[mine.table != GONE]] += 1
+            return number
 
     def close(self, sequence: int) -> None:
         """Give back all pages of a sequence and forget it."""
-        self._release(self._get(sequence).table)
-        del self._sequences[sequence]
+        mine = self._get(sequence)
+        with self.whole([sequence]):
+            self._release(mine.table)
+            del self._sequences[sequence]
+
+    def checkpoint(self, sequences: Iterable[int], layer: int | None = None, *, opened: bool = True) -> Callable[[], None]:
+        """Remember some sequences, in one layer or in all; calling the result makes them what they were.
+
+        Pages that a :meth:`trim` has given back since, and that were taken again, do not hold what they held: trim before.
+
+        Args:
+            opened: close the sequences too that were opened since.
+        """
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
+        kept = [(number, mine, mine.table[layers].copy(), mine.lengths[layers].copy()) for number, mine in self._all(sequences)]
+        known, most, following = set(self._sequences) if opened else None, self.most_pages, self._next
+
+        def undo() -> None:
+            for number, mine, table, lengths in kept:
+                mine.table[layers, :, : table.shape[2]] = table
+                mine.table[layers, :, table.shape[2] :] = GONE
+                mine.lengths[layers] = lengths
+                self._sequences[number] = mine
+            if known is not None:
+                self._sequences = {number: mine for number, mine in self._sequences.items() if number in known}
+                self._next = following
+            self.most_pages = most
+            self._recount()
+
+        return undo
+
+    def whole(self, sequences: Iterable[int] = (), layer: int | None = None) -> AbstractContextManager[None]:
+        """Undo what the block changes about these sequences, and close what it opens, when it raises anything at all."""
+        return undoing(self.checkpoint(sequences, layer))
 
     def length(self, sequence: int, layer: int = 0) -> int:
         """Tokens so far."""
@@ -103,11 +152,14 @@ class Ledger:
     def trim(self, sequence: int, layer: int | None = None) -> None:
         """Give back the pages that no query at the sequence's length or later reads, nor one of the ``hold`` queries before."""
         mine = self._get(sequence)
-        for one in range(len(mine.lengths)) if layer is None else [self._layer(layer)]:
-            table = mine.table[one]
-            dead = (table != GONE) & (self.needs[one, :, : table.shape[1]] < mine.lengths[one] - self.hold)
-            self._release(table[dead])
-            table[dead] = GONE
+        layers = slice(None) if layer is None else slice(self._layer(layer), layer + 1)
+        table = mine.table[layers]
+        first = mine.lengths[layers, None, None] - self.hold
+        dead = (table != GONE) & (self.needs[layers, :, : table.shape[2]] < first)
+        if dead.any():
+            with self.whole([sequence], layer):
+                self._release(table[dead])
+                table[dead] = GONE
 
     def reserve(self, layer: int, tokens: Sequence[tuple[int, int]]) -> list[Room]:
         """Room for so many new tokens of each (sequence, tokens), for all of them or, with `CacheFull`, for none."""
@@ -126,23 +178,15 @@ class Ledger:
             end = self.length(sequence, layers[0]) + count
             if end > self.max_tokens:
                 raise bad_value("tokens", f"must not make sequence {sequence} longer than max_tokens ({self.max_tokens})", end)
+        one = layers[0] if len(layers) == 1 else None
         for sequence, _ in tokens:
-            for layer in layers:
-                self.trim(sequence, layer)
+            self.trim(sequence, one)
         self._check_room({layer: self._needed(layer, tokens) for layer in layers})
-        return [[self._extend(self._sequences[sequence], layer, count) for sequence, count in tokens] for layer in layers]
+        with self.whole([sequence for sequence, _ in tokens], one):
+            return [[self._extend(self._sequences[sequence], layer, count) for sequence, count in tokens] for layer in layers]
 
-    def retract(self, layer: int, lengths: Sequence[tuple[int, int]]) -> None:
-        """Undo what was reserved since each (sequence, length) had that length, if nothing was trimmed in between."""
-        for sequence, length in lengths:
-            mine = self._sequences[sequence]
-            later = mine.table[layer, :, -(-length // self.page_size) :]
-            self._release(later)
-            later[:] = GONE
-            mine.lengths[layer] = length
-
-    def rollback(self, sequence: int, tokens: int) -> None:
-        """Take the last tokens of a sequence back, in all layers; pages that hold nothing else return to the pool."""
+    def check_rollback(self, sequence: int, tokens: int) -> None:
+        """Refuse a :meth:`rollback` of more tokens than can be taken back."""
         mine = self._level(sequence, "be rolled back")
         length = int(mine.lengths[0])
         begun = -(-length // self.page_size)
@@ -152,8 +196,17 @@ class Ledger:
         if check_int("tokens", tokens, 0) > most:
             rule = f"must be at most {most}, since keys which sequence {sequence} read before have been given back; hold= keeps them"
             raise bad_value("tokens", rule if most < length else f"must be at most {length}, the length of sequence {sequence}", tokens)
-        for layer in range(len(mine.lengths)):
-            self.retract(layer, [(sequence, length - tokens)])
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """Take the last tokens of a sequence back, in all layers; pages that hold nothing else return to the pool."""
+        self.check_rollback(sequence, tokens)
+        mine = self._get(sequence)
+        length = int(mine.lengths[0])
+        with self.whole([sequence]):
+            later = mine.table[:, :, -(-(length - tokens) // self.page_size) :]
+            self._release(later)
+            later[:] = GONE
+            mine.lengths[:] = length - tokens
 
     def books(self, sequence: int) -> tuple[Array, Array]:
         """What :meth:`restore` needs: pages ``(layers, kv_heads, pages)`` and lengths ``(layers,)``."""
@@ -162,23 +215,26 @@ class Ledger:
 
     def restore(self, sequences: Mapping[int, tuple[Array, Array]], pages: int) -> None:
         """Take over the :meth:`books` of sequences that use the first ``pages`` pages; for a ledger without sequences."""
-        for sequence, (table, lengths) in sequences.items():
-            check_int("sequence", sequence, 0)
-            if lengths.shape != (len(self.needs),) or not (lengths >= 0).all() or not (lengths <= self.max_tokens).all():
-                raise bad_value("lengths", f"must be {len(self.needs)} numbers up to max_tokens ({self.max_tokens})", lengths.tolist())
-            expected = (*self.needs.shape[:2], -(-int(lengths.max()) // self.page_size))
-            if table.shape != expected or not (table >= GONE).all() or not (table < pages).all():
-                raise bad_value("table", f"must have shape {expected} and name pages below {pages}", table.shape)
-            held = table[table != GONE]
-            begun = np.arange(expected[2]) * self.page_size < lengths[:, None, None]
-            needed = begun & (self.needs[:, :, : expected[2]] >= lengths[:, None, None])
-            if len(np.unique(held)) < len(held) or (needed & (table == GONE)).any() or (~begun & (table != GONE)).any():
-                raise bad_value("table", "must name the pages that later queries read, and each page once", f"others for {sequence}")
-            self._sequences[sequence] = _Sequence(table.copy(), lengths.copy())
-            self.references[held] += 1
-        self._free = [page for page in range(self.num_pages - 1, -1, -1) if not self.references[page]]
-        self._next = max([-1, *self._sequences]) + 1
-        self.most_pages = self.used_pages
+        with self.whole():
+            for sequence, (table, lengths) in sequences.items():
+                self._check_books(sequence, table, lengths, pages)
+                self._sequences[sequence] = _Sequence(table.copy(), lengths.copy())
+            self._recount()
+            self._next = max([-1, *self._sequences]) + 1
+            self.most_pages = self.used_pages
+
+    def _check_books(self, sequence: int, table: Array, lengths: Array, pages: int) -> None:
+        check_int("sequence", sequence, 0)
+        if lengths.shape != (len(self.needs),) or not (lengths >= 0).all() or not (lengths <= self.max_tokens).all():
+            raise bad_value("lengths", f"must be {len(self.needs)} numbers up to max_tokens ({self.max_tokens})", lengths.tolist())
+        expected = (*self.needs.shape[:2], -(-int(lengths.max()) // self.page_size))
+        if table.shape != expected or not (table >= GONE).all() or not (table < pages).all():
+            raise bad_value("table", f"must have shape {expected} and name pages below {pages}", table.shape)
+        held = table[table != GONE]
+        begun = np.arange(expected[2]) * self.page_size < lengths[:, None, None]
+        needed = begun & (self.needs[:, :, : expected[2]] >= lengths[:, None, None])
+        if len(np.unique(held)) < len(held) or (needed & (table == GONE)).any() or (~begun & (table != GONE)).any():
+            raise bad_value("table", "must name the pages that later queries read, and each page once", f"others for {sequence}")
 
     def table(self, sequence: int, layer: int) -> Array:
         """Pages ``(kv_heads, pages)`` of one layer, -1 where there is none."""
@@ -257,10 +313,24 @@ class Ledger:
     def _give_back(self, pages: list[int]) -> None:
         self._free.extend(pages)
 
+    def _recount(self) -> None:
+        """Count the owners of pages, and which ones are free, from the tables alone."""
+        self.references[:] = 0
+        for mine in self._sequences.values():
+            self.references[mine.table[mine.table != GONE]] += 1
+        self._set_free(np.flatnonzero(self.references == 0)[::-1].tolist())
+
+    def _set_free(self, pages: list[int]) -> None:
+        """These pages are free; the last one is taken first."""
+        self._free = pages
+
     def _enter(self, sequence: _Sequence) -> int:
         number, self._next = self._next, self._next + 1
         self._sequences[number] = sequence
         return number
+
+    def _all(self, sequences: Iterable[int]) -> list[tuple[int, _Sequence]]:
+        return [(number, self._get(number)) for number in sequences]
 
     def _get(self, sequence: int) -> _Sequence:
         if sequence not in self._sequences:

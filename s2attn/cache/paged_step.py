@@ -28,15 +28,13 @@ class PagedStep:
         starts: the length of each sequence before.
     """
 
-    def __init__(
-        self, cache: SparseCache, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None, cascade: bool = False
-    ) -> None:
-        self.counts = _checked(sequences, tokens, counts)
+    def __init__(self, cache: SparseCache, sequences: Sequence[int], tokens: Tensor, counts: list[int], cascade: bool = False) -> None:
+        self.counts = counts
         self.cache, self.sequences, self.tokens = cache, list(sequences), tokens
         self.texts = [cache.text(sequence) for sequence in sequences]
         self.starts = [len(text) for text in self.texts]
         rooms = cache.ledger.reserve_step(list(zip(sequences, self.counts, strict=True)))
-        cache.copy_pages([room for layer in rooms for room in layer])
+        cache.prepare([room for layer in rooms for room in layer])
         self._cascade = cascade
         self._done = [False] * cache.num_layers
         self._slots = cache.numbers(np.stack([np.concatenate([room.slots.reshape(-1) for room in layer]) for layer in rooms]))
@@ -99,14 +97,11 @@ class PagedStep:
         left = [layer for layer, done in enumerate(self._done) if not done]
         if left:
             raise bad_value("step", "must reach a SparseAttention for every layer of the cache", f"nothing for layers {left}")
-        for sequence, row, count, text in zip(self.sequences, self.tokens.tolist(), self.counts, self.texts, strict=True):
+        rows = self.tokens.tolist()
+        for sequence in self.sequences:
             self.cache.trim(sequence)
+        for row, count, text in zip(rows, self.counts, self.texts, strict=True):
             text.extend(row[:count])
-
-    def undo(self) -> None:
-        """Leave the sequences as long as they were."""
-        for layer in range(self.cache.num_layers):
-            self.cache.ledger.retract(layer, list(zip(self.sequences, self.starts, strict=True)))
 
     def _spread(self, out: Tensor, lse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Packed results in their places among the padding, which is 0, and -inf."""
@@ -142,7 +137,8 @@ class PagedStep:
         return pattern
 
 
-def _checked(sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None) -> list[int]:
+def checked_counts(sequences: Sequence[int], tokens: Tensor, counts: Sequence[int] | None) -> list[int]:
+    """How many new tokens each row has, or an error for arguments of :meth:`SparseCache.step` that do not fit together."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise bad_kind("tokens", "must be an integer tensor (batch, tokens)", tokens)
     if tokens.dim() != 2 or not tokens.numel() or len(tokens) != len(sequences):

@@ -36,7 +36,7 @@ def save(cache: SparseCache, path: StrPath) -> None:
         sequences[sequence] = {"table": torch.from_numpy(number[table]), "lengths": torch.from_numpy(lengths), "tokens": tokens}
     pools = [pool[torch.from_numpy(used).to(pool.device)].cpu() for pool in cache.pools]
     widths = {"head_dim": pools[0].shape[-1], "v_dim": pools[1].shape[-1]}
-    settings = {name: widths[name] if name in widths else getattr(cache, name) for name in _NUMBERS}
+    settings = {name: widths[name] if name in widths else getattr(cache, name) for name in (*_NUMBERS, "preallocate")}
     heads = cache.heads and [cache.heads.start, cache.heads.end, cache.heads.num_heads, cache.heads.num_kv_heads]
     pattern = "recipe" if isinstance(cache.pattern, Recipe) else "pattern", cache.pattern.to_json()
     plain = {"format": "s2attn.SparseCache", "version": VERSION, "settings": settings, "dtype": str(pools[0].dtype).removeprefix("torch.")}
@@ -65,7 +65,7 @@ def settings_of(data: dict[str, Any]) -> dict[str, Any]:
     pattern = Recipe.from_json(text) if kind == "recipe" else Pattern.from_json(text)
     heads = data["heads"] and HeadRange(*data["heads"])
     return {
-        **{name: data["settings"][name] for name in _NUMBERS},
+        **{name: data["settings"][name] for name in (*_NUMBERS, "preallocate")},
         "pattern": pattern,
         "heads": heads,
         "dtype": getattr(torch, data["dtype"]),
@@ -88,5 +88,6 @@ def fill(cache: SparseCache, data: dict[str, Any]) -> None:
                 raise bad_value("path", rule, f"{books[name].dtype} {tuple(books[name].shape)}")
     cache.ledger.restore({i: (books["table"].numpy(), books["lengths"].numpy()) for i, books in data["sequences"].items()}, pages)
     cache.texts.update({i: books["tokens"].tolist() for i, books in data["sequences"].items()})
+    cache.prepare([])
     for pool, saved in zip(cache.pools, (data["k"], data["v"]), strict=True):
         pool[:pages] = saved.to(pool.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,13 @@ from torch import Tensor
 from s2attn.backends.checks import FLOATS
 from s2attn.cache import saved
 from s2attn.cache.checks import check_new
-from s2attn.cache.ledger import GONE, Ledger, Room
+from s2attn.cache.ledger import GONE, Ledger, Room, undoing
 from s2attn.cache.needs import page_needs, pages_needed, pages_read, pattern_of
-from s2attn.cache.paged_step import PagedStep
+from s2attn.cache.paged_step import PagedStep, checked_counts
+from s2attn.cache.pools import Pools
 from s2attn.cache.probe import cache_shape
-from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.cache.sequences import Sequences
+from s2attn.core import StrPath, bad_kind, bad_value, check_bool, check_int
 from s2attn.layout import HeadRange, read_cu_seqlens
 from s2attn.ops.cascade import decode_cascade
 from s2attn.ops.decode import decode
@@ -27,7 +28,7 @@ from s2attn.ops.store import store_kv
 from s2attn.patterns import Pattern, Recipe
 
 
-class SparseCache:
+class SparseCache(Sequences):
     """A paged cache of keys and values for many sequences that shrinks as the pattern allows.
 
     A page holds ``page_size`` tokens of one KV head of one layer. It is given out when its first token comes, and taken back as soon as
@@ -38,14 +39,18 @@ class SparseCache:
     Args:
         pattern: which keys are seen, or a `Recipe` with a pattern for each layer.
         num_kv_heads, head_dim, v_dim: G, D, and the width of values (D by default).
-        num_pages: pages in the pool, shared by all sequences, layers and heads. All memory is taken at once, ``num_pages * page_bytes``.
+        num_pages: the most pages, shared by all sequences, layers and heads.
         max_tokens: the longest that a sequence may become.
         num_layers: layers of the model.
         num_heads: query heads H (G by default); it matters for patterns that tell query heads apart.
         page_size: tokens per page, a multiple of 16; the pattern's own block wastes nothing.
         heads: the global heads that these are, under tensor parallelism.
         hold: so many of a sequence's last tokens can always be taken back with :meth:`rollback`; what they read is kept longer.
+        preallocate: allocate ``num_pages * page_bytes`` bytes now. Otherwise memory is allocated in steps as sequences need it, which moves
+            ``k_pages`` and ``v_pages``: a CUDA graph that was captured over them is no longer right.
         dtype, device: of the pages.
+
+    Every method changes all that it says or, when it raises anything at all (`CacheFull`, an error of a backend, an interrupt), nothing.
 
     >>> from s2attn import Sink, Window
     >>> shape = {"num_kv_heads": 1, "head_dim": 8, "page_size": 16, "dtype": torch.float32}
@@ -53,8 +58,8 @@ class SparseCache:
     >>> sequence = cache.open()
     >>> for _ in range(40):
     ...     out = cache.attend([sequence], 0, *torch.randn(3, 1, 5, 1, 8))
-    >>> cache.length(sequence), cache.bytes_used, cache.bytes_dense
-    (200, 4096, 12800)
+    >>> cache.length(sequence), cache.bytes_allocated, cache.bytes_used, cache.bytes_dense
+    (200, 8192, 4096, 12800)
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class SparseCache:
         page_size: int = 64,
         heads: HeadRange | None = None,
         hold: int = 0,
+        preallocate: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -89,13 +95,18 @@ class SparseCache:
             raise bad_value("page_size", "must be a multiple of 16", page_size)
         self.heads, self.page_size = heads, page_size
         self.max_tokens, self.num_pages = check_int("max_tokens", max_tokens, 1), check_int("num_pages", num_pages, 1)
-        self.hold = check_int("hold", hold, 0)
+        self.hold, self.preallocate = check_int("hold", hold, 0), check_bool("preallocate", preallocate)
         width, v_width = check_int("head_dim", head_dim, 1), head_dim if v_dim is None else check_int("v_dim", v_dim, 1)
         self._everyone = heads or HeadRange(0, self.num_heads, self.num_heads, self.num_kv_heads)
         needs = page_needs(pattern, self._everyone, self.num_kv_heads, self.num_layers, max_tokens, page_size)
         self.ledger = self._new_ledger(needs)
         self.texts: dict[int, list[int]] = {}
-        self._k, self._v = (torch.zeros(num_pages, page_size, 1, w, dtype=dtype, device=device) for w in (width, v_width))
+        self._memory = self._new_pools(
+            lambda shape, kind: torch.zeros(shape, dtype=kind, device=device), dtype, (width, v_width), num_pages
+        )
+
+    def _new_pools(self, make: Any, dtype: torch.dtype, widths: tuple[int, int], limit: int) -> Pools:
+        return Pools(make, dtype, self.page_size, widths, limit=limit, preallocate=self.preallocate)
 
     def _new_ledger(self, needs: np.ndarray) -> Ledger:
         return Ledger(needs, page_size=self.page_size, num_pages=self.num_pages, max_tokens=self.max_tokens, hold=self.hold)
@@ -117,77 +128,49 @@ class SparseCache:
         Args:
             model: takes int64 tokens ``(B, T)``; its modules are numbered, ``layer=0`` and on.
             max_tokens, sequences, chunk: room for so many sequences of so many tokens, which come up to ``chunk`` at a time.
-            num_pages: in the place of ``sequences`` and ``chunk``: so many pages.
+            num_pages: in the place of ``sequences`` and ``chunk``: so many pages, whose memory is allocated at once. Without it memory is
+                allocated in steps, up to what these say.
             page_size: the finest block of any layer by default.
             hold: as of the class.
         """
         shape = cache_shape(model)
         shape["page_size"] = shape["page_size"] if page_size is None else page_size
+        preallocate = num_pages is not None
         if num_pages is None:
             asked = {name: shape[name] for name in ("pattern", "num_kv_heads", "num_heads", "num_layers", "page_size", "heads")}
             num_pages = check_int("sequences", sequences, 1) * pages_needed(**asked, tokens=max_tokens, chunk=chunk, hold=hold)
-        return cls(**shape, num_pages=num_pages, max_tokens=max_tokens, hold=hold)
+        return cls(**shape, num_pages=num_pages, max_tokens=max_tokens, hold=hold, preallocate=preallocate)
 
-    def save(self, path: Path | str) -> None:
-        """Write the cache into a file: its settings, its sequences with their numbers and tokens, and the pages that are in use."""
+    def save(self, path: StrPath) -> None:
+        """Write the cache into a file: its settings, its sequences with their numbers and tokens, and the pages that are in use.
+
+        A file that is there is replaced when the new one is complete, and stays as it is when writing fails.
+        """
         saved.save(self, path)
 
     @classmethod
-    def load(cls, path: Path | str, *, num_pages: int | None = None, device: torch.device | str = "cpu") -> SparseCache:
+    def load(
+        cls, path: StrPath, *, num_pages: int | None = None, max_tokens: int | None = None, device: torch.device | str = "cpu"
+    ) -> SparseCache:
         """The cache that :meth:`save` wrote, whatever device it lay on; it goes on as if it had never been away.
 
         Args:
-            num_pages: pages of the new pool, as many as there were by default.
+            num_pages: pages of the new cache, as many as there were by default, allocated at once.
+            max_tokens: the longest that a sequence may become, as before by default.
 
         Raises:
-            ValueError: a file of another kind, or one whose books do not fit together. Nothing but tensors, numbers and text is unpickled.
+            ValueError: a file that was cut short or altered, one of another kind, or one whose content does not fit together; also
+                ``max_tokens`` for which something is missing that had been given back. Only tensors, numbers and text are unpickled.
         """
         data = saved.read(path)
         settings: Any = {**saved.settings_of(data), "device": device}
-        settings["num_pages"] = settings["num_pages"] if num_pages is None else num_pages
+        if num_pages is not None:
+            settings |= {"num_pages": num_pages, "preallocate": True}
+        if max_tokens is not None:
+            settings["max_tokens"] = max_tokens
         cache = cls(**settings)
         saved.fill(cache, data)
         return cache
-
-    # sequences
-
-    def open(self) -> int:
-        """A new empty sequence; its number."""
-        sequence = self.ledger.open()
-        self.texts[sequence] = []
-        return sequence
-
-    def fork(self, sequence: int) -> int:
-        """A new sequence with all tokens of another one, at no cost: pages are shared, and copied when one of the two writes to them."""
-        twin = self.ledger.fork(sequence)
-        self.texts[twin] = list(self.texts[sequence])
-        return twin
-
-    def free(self, sequence: int) -> None:
-        """Forget a sequence and give its pages back."""
-        self.ledger.close(sequence)
-        del self.texts[sequence]
-
-    def rollback(self, sequence: int, tokens: int) -> None:
-        """Take the last tokens of a sequence back, in all layers, as if they had never come: drafts that were not accepted.
-
-        Up to ``hold`` tokens, which every cache is made with, are always possible; more, as long as nothing has been given back that the
-        shorter sequence reads. Pages that forks share stay as they are for the others.
-
-        Raises:
-            ValueError: more tokens than that. Nothing was changed.
-        """
-        self.ledger.rollback(sequence, tokens)
-        text = self.texts[sequence]
-        del text[self.ledger.length(sequence) :]
-
-    def length(self, sequence: int, layer: int = 0) -> int:
-        """Tokens of a sequence that a layer has been given."""
-        return self.ledger.length(sequence, layer)
-
-    def tokens(self, sequence: int) -> list[int]:
-        """The tokens of a sequence, which :meth:`step` was given."""
-        return list(self.text(sequence))
 
     # a whole model
 
@@ -222,14 +205,14 @@ class SparseCache:
         >>> cache.length(sequence), out.shape
         (100, torch.Size([1, 20, 4, 8]))
         """
-        made = PagedStep(self, sequences, tokens, counts, cascade)
-        try:
+        counts = checked_counts(sequences, tokens, counts)
+        for sequence in sequences:
+            self.ledger.trim(sequence)
+        with undoing(self.checkpoint(sequences, opened=False)):
+            made = PagedStep(self, sequences, tokens, counts, cascade)
             with taking(made):
                 yield made
             made.finish()
-        except BaseException:
-            made.undo()
-            raise
 
     # tokens
 
@@ -243,6 +226,7 @@ class SparseCache:
         *,
         cu_seqlens_q: Tensor | None = None,
         cascade: bool = False,
+        trim: bool = True,
         **options: Any,
     ) -> Any:
         """Append new tokens, let their queries attend, and give back what no later query reads: one layer of a model in one call.
@@ -251,76 +235,73 @@ class SparseCache:
             sequences: as many as the batch has, all different.
             q, k, v: ``(B, T, H, D)``, ``(B, T, G, D)``, ``(B, T, G, Dv)``; or packed, with ``cu_seqlens_q``.
             cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
+            trim: give back what no later query reads. Without it the new tokens can be taken back with :meth:`rollback`.
             options: scale, softcap, sinks, return_lse, backend of `s2attn.decode`.
 
         Raises:
             CacheFull: not enough free pages. Nothing was appended: make room and repeat the call.
-            ValueError, TypeError, Unsupported: as `s2attn.decode`; also a sequence that would become longer than max_tokens. Nothing was
-                appended then either.
+            ValueError, TypeError, Unsupported: as `s2attn.decode`; also a sequence that would become longer than max_tokens.
         """
-        before = [(sequence, self.length(sequence, layer)) for sequence in sequences]
-        self.append(sequences, layer, k, v, cu_seqlens_q=cu_seqlens_q)
         pattern = pattern_of(self.pattern, layer)
-        where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
-        try:
+        with self._appended(sequences, layer, k, v, cu_seqlens_q):
+            where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
             result = self.decode(q, pattern, cascade=cascade, **where, **options)
-        except Exception:  # whatever was wrong with the queries: the tokens do not stay either
-            self.ledger.retract(layer, before)
-            raise
-        for sequence in sequences:
-            self.trim(sequence, layer)
-        return result
+            for sequence in sequences if trim else ():
+                self.trim(sequence, layer)
+            return result
 
     def append(self, sequences: Sequence[int], layer: int, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor | None = None) -> None:
         """Store new keys and values of a layer, for all sequences or, with `CacheFull`, for none; arguments as of :meth:`attend`.
 
         Afterwards the queries of these tokens can be served; :meth:`trim` gives back what only they needed.
         """
-        counts = self._counts(sequences, k, v, cu_seqlens_q)
-        rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
-        self.copy_pages(rooms)
-        if rooms:
-            self.store(k, v, self.numbers(np.concatenate([room.slots.reshape(-1) for room in rooms])))
+        with self._appended(sequences, layer, k, v, cu_seqlens_q):
+            pass
 
-    def trim(self, sequence: int, layer: int | None = None) -> None:
-        """Give back the pages that no later query reads, of one layer or of all."""
-        self.ledger.trim(sequence, layer)
+    @contextmanager
+    def _appended(self, sequences: Sequence[int], layer: int, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> Iterator[None]:
+        """Run a block after :meth:`append`, and undo both when anything is raised."""
+        counts = self._counts(sequences, k, v, cu_seqlens_q)
+        for sequence in sequences:
+            self.ledger.trim(sequence, layer)
+        with self.whole(sequences, layer):
+            rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
+            self.prepare(rooms)
+            if rooms:
+                self.store(k, v, self.numbers(np.concatenate([room.slots.reshape(-1) for room in rooms])))
+            yield
 
     def tables(self, sequences: Sequence[int], layer: int) -> dict[str, Tensor]:
         """``block_table`` ``(B, G, max_pages)`` and ``seq_lens`` ``(B,)`` of a layer, as `s2attn.decode` takes them."""
         lengths = np.array([self.ledger.length(sequence, layer) for sequence in sequences], dtype=np.int32)
         return {"block_table": self.numbers(self.table(sequences, layer)), "seq_lens": self.numbers(lengths)}
 
-    def table(self, sequences: Sequence[int], layer: int) -> np.ndarray:
-        """Pages ``(B, G, max_pages)`` int32 of a layer, -1 where there is none."""
-        width = max([1, *(-(-self.ledger.length(sequence, layer) // self.page_size) for sequence in sequences)])
-        table = np.full((len(sequences), self.num_kv_heads, width), GONE, dtype=np.int32)
-        for line, sequence in zip(table, sequences, strict=True):
-            mine = self.ledger.table(sequence, layer)[:, :width]
-            line[:, : mine.shape[1]] = mine
-        return table
-
     @property
     def pools(self) -> tuple[Tensor, Tensor]:
-        """The memory of keys and of values, ``(num_pages, page_size, 1, width)``."""
-        return self._k, self._v
+        """The memory of keys and of values, ``(pages, page_size, 1, width)``: of ``num_pages`` pages, or so many as were needed yet."""
+        return self._memory.both
 
     @property
     def k_pages(self) -> Tensor:
         """Keys as `s2attn.decode` takes them: one pool, seen by every KV head (the head axis has stride 0)."""
-        return self._k.expand(-1, -1, self.num_kv_heads, -1)
+        return self.pools[0].expand(-1, -1, self.num_kv_heads, -1)
 
     @property
     def v_pages(self) -> Tensor:
         """Values, in the same way."""
-        return self._v.expand(-1, -1, self.num_kv_heads, -1)
+        return self.pools[1].expand(-1, -1, self.num_kv_heads, -1)
 
     # bytes
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page, keys and values."""
-        return self.page_size * self._token_bytes
+        return self._memory.page_bytes
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the memory that is allocated for pages, in use or not."""
+        return self._memory.bytes
 
     @property
     def bytes_used(self) -> int:
@@ -336,7 +317,7 @@ class SparseCache:
     def bytes_dense(self) -> int:
         """What the same tokens take where every key is kept and nothing is shared."""
         tokens = sum(self.length(sequence, layer) for sequence in self.ledger.sequences for layer in range(self.num_layers))
-        return tokens * self.num_kv_heads * self._token_bytes
+        return tokens * self.num_kv_heads * (self.page_bytes // self.page_size)
 
     @property
     def bytes_waiting(self) -> int:
@@ -353,10 +334,6 @@ class SparseCache:
                 read.update(table[:, :width][listed[:, :width]].tolist())
         return len(held - read) * self.page_bytes
 
-    @property
-    def _token_bytes(self) -> int:
-        return (self._k.shape[-1] + self._v.shape[-1]) * self._k.element_size()
-
     def _counts(self, sequences: Sequence[int], k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> list[int]:
         """New tokens of each sequence; k and v checked."""
         check_new(k, v, self.pools, self.num_kv_heads, 4 if cu_seqlens_q is None else 3)
@@ -372,7 +349,7 @@ class SparseCache:
 
     def numbers(self, array: np.ndarray) -> Tensor:
         """Numbers of the books where :meth:`store` and :meth:`decode` want them."""
-        return torch.from_numpy(array).to(self._k.device)
+        return torch.from_numpy(array).to(self.pools[0].device)
 
     def store(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Write new keys ``(..., G, D)`` and values into their slots, ``(tokens * G,)``."""
@@ -383,17 +360,19 @@ class SparseCache:
         where: Any = {"block_table": block_table, "seq_lens": seq_lens}
         return (decode_cascade if cascade else decode)(q, self.k_pages, self.v_pages, pattern, **where, **call)
 
-    def copy_pages(self, rooms: Sequence[Room]) -> None:
-        """Make the copies that new tokens of forks need."""
-        copies = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *(room.copies for room in rooms)]).astype(np.int64)).to(self._k.device)
+    def prepare(self, rooms: Sequence[Room]) -> None:
+        """Have memory for all pages in use, and make the copies that new tokens of forks need."""
+        self.fit_memory()
+        copies = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *(room.copies for room in rooms)]).astype(np.int64))
         if len(copies):
-            for pages in (self._k, self._v):
-                pages[copies[:, 1]] = pages[copies[:, 0]]
+            self.copy_pages(copies)
 
-    def text(self, sequence: int) -> list[int]:
-        """The list behind :meth:`tokens`; refused where a layer has been given other tokens."""
-        lengths = {self.length(sequence, layer) for layer in range(self.num_layers)}
-        text = self.texts[sequence]
-        if lengths != {len(text)}:
-            raise bad_value("sequence", "must have been filled by steps, which know its tokens", f"{sequence}, filled layer by layer")
-        return text
+    def fit_memory(self) -> None:
+        """Have memory for all pages in use."""
+        self._memory.fit(self.ledger.most_pages)
+
+    def copy_pages(self, copies: Tensor) -> None:
+        """Copy pages ``(n, 2)``, from and to."""
+        copies = copies.to(self.pools[0].device)
+        for pages in self.pools:
+            pages[copies[:, 1]] = pages[copies[:, 0]]

@@ -12,7 +12,7 @@ D    head width of q and k; v may have its own
 ==== =======================================================
 """
 
-from s2attn.core.errors import BLOCKS, Unsupported, bad_kind, bad_value, check_block, check_int
+from s2attn.core.errors import BLOCKS, Unsupported, bad_kind, bad_value, check_block, check_bool, check_int
 from s2attn.core.files import StrPath, as_path, atomic_write, write_text
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "bad_kind",
     "bad_value",
     "check_block",
+    "check_bool",
     "check_int",
     "write_text",
 ]

@@ -60,6 +60,19 @@ def check_int(argument: str, value: object, minimum: int) -> int:
     return number
 
 
+def check_bool(argument: str, value: object) -> bool:
+    """Return ``value``, True or False, or raise with the argument's name.
+
+    >>> check_bool("causal", 1)
+    Traceback (most recent call last):
+    ...
+    TypeError: causal must be True or False; got int
+    """
+    if not isinstance(value, bool):
+        raise bad_kind(argument, "must be True or False", value)
+    return value
+
+
 BLOCKS = (16, 32, 64, 128, 256)
 
 

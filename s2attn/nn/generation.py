@@ -26,12 +26,14 @@ class NewToken:
         token: the token.
         finish: why it is the text's last: "stop" or "length"; None while the text goes on.
         logits: the row ``(vocabulary,)`` that it was drawn from.
+        sequence: its text's number in the cache that the call was given; None where there was none.
     """
 
     text: int
     token: int
     finish: str | None
     logits: Tensor
+    sequence: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def generate(
         sampling: how texts are drawn and when they end, for all of them or for each.
         chunk: tokens of a prompt that are read at a time.
         cache: where keys and values are kept; by default one that has room for these texts and is dropped afterwards.
-        sequences: the cache's sequence for each text; new ones by default, which stay open.
+        sequences: the cache's sequence for each text; new ones by default, which stay open at the end, and are freed when anything but
+            `CacheFull` is raised.
         cascade: read the pages that all sequences share, as forks do, once for all of them: `s2attn.decode_cascade`.
 
     Returns:
@@ -123,7 +126,7 @@ def generate(
     """
     texts = _texts(prompts, sampling)
     given = cache is not None
-    for _ in _stream(_Feed(model, _open(model, texts, chunk, cache, sequences), chunk, cascade), texts, given):
+    for _ in _stream(_Feed(model, _checked_cache(model, texts, chunk, cache, sequences), chunk, cascade), texts, given, sequences):
         pass
     return [text.result(given) for text in texts]
 
@@ -140,11 +143,12 @@ def stream(
 ) -> Iterator[list[NewToken]]:
     """The tokens of `generate` as they are written: a list for each step, with the next token of every text that goes on.
 
-    Arguments and errors are those of `generate`, and bad arguments are refused at once. An iterator that is left early leaves the
-    sequences of a given cache open, with the tokens that the model has read.
+    Arguments and errors are those of `generate`, and bad arguments are refused at once. An iterator that is closed early leaves the
+    given sequences open, with the tokens that the model has read, and frees those that it opened itself.
     """
     texts = _texts(prompts, sampling)
-    return _stream(_Feed(model, _open(model, texts, chunk, cache, sequences), chunk, cascade), texts, cache is not None)
+    feed = _Feed(model, _checked_cache(model, texts, chunk, cache, sequences), chunk, cascade)
+    return _stream(feed, texts, cache is not None, sequences)
 
 
 def _texts(prompts: Sequence[Sequence[int] | Tensor], sampling: Sampling | Sequence[Sampling]) -> list[_Text]:
@@ -160,8 +164,8 @@ def _texts(prompts: Sequence[Sequence[int] | Tensor], sampling: Sampling | Seque
     return [_Text(i, tokens, how, -1) for i, (tokens, how) in enumerate(zip(read, each, strict=True))]
 
 
-def _open(model: Model, texts: list[_Text], chunk: int, cache: SparseCache | None, sequences: Sequence[int] | None) -> SparseCache:
-    """The cache, with a sequence for each text."""
+def _checked_cache(model: Model, texts: list[_Text], chunk: int, cache: SparseCache | None, sequences: Sequence[int] | None) -> SparseCache:
+    """The cache, with room for the texts; given sequences hold beginnings of theirs."""
     check_int("chunk", chunk, 1)
     if cache is None:
         if sequences is not None:
@@ -172,24 +176,24 @@ def _open(model: Model, texts: list[_Text], chunk: int, cache: SparseCache | Non
         raise bad_kind("cache", "must be a SparseCache", cache)
     for text in texts:
         most = cache.max_tokens + 1 - len(text.prompt)  # the last token that is written need not be read
+        if most < 1:
+            rule = f"must have at most {cache.max_tokens} tokens, max_tokens of the cache"
+            raise bad_value(f"prompts[{text.number}]", rule, len(text.prompt))
         if text.sampling.max_new_tokens > most:
             rule = f"must be at most {most} for prompts[{text.number}], by max_tokens of the cache ({cache.max_tokens})"
             raise bad_value("max_new_tokens", rule, text.sampling.max_new_tokens)
-    if sequences is None:
-        chosen = [cache.open() for _ in texts]
-    else:
+    if sequences is not None:
         chosen = list(sequences)
         if len(chosen) != len(texts) or len(set(chosen)) < len(chosen):
             raise bad_value("sequences", f"must be {len(texts)} different ones, one for each prompt", chosen)
-    for text, sequence in zip(texts, chosen, strict=True):
-        known = cache.tokens(sequence)
-        if known != text.prompt[: len(known)]:
-            rule = f"must begin with the {len(known)} tokens that sequence {sequence} of the cache holds"
-            raise bad_value(f"prompts[{text.number}]", rule, f"{len(text.prompt)} tokens")
-        text.sequence = sequence
-    for text in texts:
-        if cache.length(text.sequence) == len(text.prompt):
-            cache.rollback(text.sequence, 1)  # its last token is read again, since its logits are not kept
+        for text, sequence in zip(texts, chosen, strict=True):
+            known = cache.tokens(sequence)
+            if known != text.prompt[: len(known)]:
+                rule = f"must begin with the {len(known)} tokens that sequence {sequence} of the cache holds"
+                raise bad_value(f"prompts[{text.number}]", rule, f"{len(text.prompt)} tokens")
+            text.sequence = sequence
+            if len(known) == len(text.prompt):
+                cache.ledger.check_rollback(sequence, 1)
     return cache
 
 
@@ -230,20 +234,34 @@ class _Feed:
 
 
 @torch.no_grad()
-def _stream(feed: _Feed, texts: list[_Text], given: bool) -> Iterator[list[NewToken]]:
+def _stream(feed: _Feed, texts: list[_Text], given: bool, sequences: Sequence[int] | None) -> Iterator[list[NewToken]]:
+    cache, opened = feed.cache, []
     try:
+        for text in texts:
+            if sequences is None:
+                text.sequence = cache.open()
+                opened.append(text.sequence)
+            elif cache.length(text.sequence) == len(text.prompt):
+                cache.rollback(text.sequence, 1)  # its last token is read again, since its logits are not kept
         logits, live = feed.prompts(texts), texts
         while live:
             drawn = draw(logits, [text.sampling for text in live], [len(text.prompt) + len(text.new) for text in live])
             for text, token in zip(live, drawn, strict=True):
                 text.write(token)
-            yield [NewToken(text.number, text.new[-1], text.finish, row) for text, row in zip(live, logits, strict=True)]
+            yield [
+                NewToken(text.number, text.new[-1], text.finish, row, text.sequence if given else None)
+                for text, row in zip(live, logits, strict=True)
+            ]
             for text in live:
                 if text.finish and not given:
-                    feed.cache.free(text.sequence)
+                    cache.free(text.sequence)
             live = [text for text in live if not text.finish]
             if live:
                 logits = feed.pieces(live, [text.new[-1:] for text in live])
     except CacheFull as error:
         error.texts = [text.result(given) for text in texts]
+        raise
+    except BaseException:  # also GeneratorExit, of an iterator that is closed
+        for sequence in set(opened).intersection(cache.ledger.sequences):
+            cache.free(sequence)
         raise

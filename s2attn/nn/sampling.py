@@ -12,6 +12,8 @@ from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_int
 
+_FIRST_SORTED = 256
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -64,13 +66,32 @@ def per_text(sampling: Sampling | Sequence[Sampling], texts: int) -> list[Sampli
 
 
 def draw(logits: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """The next token of each text, from its row of ``logits`` ``(texts, vocabulary)`` and the position that it will have."""
+    """The next token of each row of ``logits`` ``(texts, vocabulary)``, from its rules and the position that it will have.
+
+    Rows are processed together, and each is drawn as it would be alone.
+
+    Raises:
+        ValueError: logits with NaN, or a row to draw from whose largest logit is infinite.
+    """
     if bool(logits.isnan().any()):
         raise bad_value("logits", "must hold no NaN", "NaN")
     tokens = logits.argmax(dim=-1).tolist()
-    for i, (how, position) in enumerate(zip(sampling, positions, strict=True)):
-        if how.temperature > 0:
-            tokens[i] = _draw_one(logits[i], how, uniform(how.seed, position))
+    rows = [i for i, how in enumerate(sampling) if how.temperature > 0]
+    for draw_rows, chosen in (
+        (_draw_from_all, [i for i in rows if sampling[i].top_k is None and sampling[i].top_p is None]),
+        (_draw_from_top_k, [i for i in rows if sampling[i].top_k is not None]),
+        (_draw_from_top_p, [i for i in rows if sampling[i].top_k is None and sampling[i].top_p is not None]),
+    ):
+        if chosen:
+            given = logits.detach() if len(chosen) == len(logits) else logits.detach()[chosen]
+            given = given if given.dtype == torch.float64 else given.float()
+            top = given.amax(dim=-1, keepdim=True)
+            if not bool(top.isfinite().all()):
+                raise bad_value("logits", "must have a finite largest value in each row to draw from", "an infinite one")
+            numbers = [uniform(sampling[i].seed, positions[i]) for i in chosen]
+            found = draw_rows(given - top, [sampling[i] for i in chosen], torch.tensor(numbers, dtype=torch.float64))
+            for i, token in zip(chosen, found.tolist(), strict=True):
+                tokens[i] = token
     return tokens
 
 
@@ -84,13 +105,65 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def _draw_one(logits: Tensor, how: Sampling, number: float) -> int:
-    """The token at which the cumulative probability, likeliest first, passes ``number``; in float64."""
-    scores, order = (logits.detach().double().cpu() / how.temperature).sort(descending=True, stable=True)
-    scores = scores[: how.top_k]
-    share = scores.softmax(0)
-    if how.top_p is not None:
-        share = share[share.cumsum(0) - share < how.top_p]
-    total = share.cumsum(0)
-    place = int(torch.searchsorted(total, number * total[-1], right=True))
-    return int(order[min(place, len(total) - 1)])
+def _draw_from_all(logits: Tensor, how: list[Sampling], numbers: Tensor) -> Tensor:
+    """Tokens from the whole vocabulary, in its order: nothing has to be sorted."""
+    heat = torch.tensor([one.temperature for one in how], device=logits.device)
+    return _pick((logits / heat[:, None]).softmax(dim=-1).cpu().double(), numbers)
+
+
+def _draw_from_top_k(logits: Tensor, how: list[Sampling], numbers: Tensor) -> Tensor:
+    """Tokens from the likeliest ``top_k`` of each row, and of these from the share ``top_p``."""
+    count = min(max(one.top_k or 1 for one in how), logits.shape[-1])
+    values, tokens = _likeliest(logits, count)
+    allowed = torch.arange(count) < torch.tensor([one.top_k or 1 for one in how])[:, None]
+    shares = _scaled(values, how).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return _pick_within(shares, tokens, how, numbers)
+
+
+def _draw_from_top_p(logits: Tensor, how: list[Sampling], numbers: Tensor) -> Tensor:
+    """Tokens from the share ``top_p`` of each row; only as many are sorted as hold it."""
+    heat = torch.tensor([one.temperature for one in how], device=logits.device)
+    total = (logits / heat[:, None]).logsumexp(dim=-1).cpu().double()
+    wanted = torch.tensor([one.top_p or 1.0 for one in how], dtype=torch.float64)
+    count = min(_FIRST_SORTED, logits.shape[-1])
+    while True:
+        values, tokens = _likeliest(logits, count)
+        shares = (_scaled(values, how) - total[:, None]).exp()
+        if count == logits.shape[-1] or bool((shares.sum(dim=-1) >= wanted).all()):
+            return _pick_within(shares, tokens, how, numbers)
+        count = min(8 * count, logits.shape[-1])
+
+
+def _scaled(values: Tensor, how: list[Sampling]) -> Tensor:
+    return values.double() / torch.tensor([one.temperature for one in how], dtype=torch.float64)[:, None]
+
+
+def _pick_within(shares: Tensor, tokens: Tensor, how: list[Sampling], numbers: Tensor) -> Tensor:
+    """Tokens from the fewest of ``shares`` ``(rows, count)``, falling, that hold each row's ``top_p``."""
+    wanted = torch.tensor([math.inf if one.top_p is None else one.top_p for one in how], dtype=torch.float64)
+    before = shares.cumsum(dim=-1) - shares
+    places = _pick(shares.masked_fill(before >= wanted[:, None], 0.0), numbers)
+    return tokens.gather(1, places[:, None])[:, 0]
+
+
+def _pick(shares: Tensor, numbers: Tensor) -> Tensor:
+    """Where the cumulative share of each row passes its number in [0, 1); a share of 0 is never picked."""
+    total = shares.cumsum(dim=-1)
+    places = torch.searchsorted(total, numbers[:, None] * total[:, -1:], right=True)[:, 0]
+    # The product may be rounded up to the total: the last share above 0 then.
+    last = shares.shape[-1] - 1 - (shares.flip(-1) > 0).int().argmax(dim=-1)
+    return torch.minimum(places, last)
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and numbers ``(rows, count)`` of the likeliest tokens on the host, falling; of equal ones the lowest number comes first."""
+    values, tokens = logits.topk(count, dim=-1)
+    least = values[:, -1:]
+    tied = ((logits >= least).sum(dim=-1) > count).nonzero()[:, 0].tolist()  # topk takes any of them
+    for row in tied:
+        above = tokens[row][values[row] > least[row]]
+        equal = (logits[row] == least[row]).nonzero()[: count - len(above), 0]
+        tokens[row] = torch.cat([above, equal])
+    tokens = tokens.sort(dim=-1).values
+    values, order = logits.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
+    return values.cpu(), tokens.gather(1, order).cpu()

@@ -32,8 +32,8 @@ def seed() -> None:
 def poison(cache: SparseCache) -> None:
     """NaN in every page that is free: what was evicted can no longer help."""
     free = torch.from_numpy(cache.ledger.references == 0)
-    cache._k[free] = torch.nan
-    cache._v[free] = torch.nan
+    for pool in cache.pools:
+        pool[free[: len(pool)]] = torch.nan
 
 
 def tokens(batch: int, length: int, heads: int, kv_heads: int = 2):

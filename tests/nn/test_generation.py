@@ -59,7 +59,7 @@ def poison(cache: SparseCache) -> None:
     """NaN in every page that is free: what was evicted can no longer help."""
     free = torch.from_numpy(cache.ledger.references == 0)
     for pool in cache.pools:
-        pool[free] = torch.nan
+        pool[free[: len(pool)]] = torch.nan
 
 
 def greedy(model, prompt: list[int], count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from s2attn.cache.ledger import undoing
 from s2attn.cache.needs import pattern_of
 from s2attn.cache.sparse import SparseCache
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
@@ -29,7 +31,7 @@ class PastKeyValues(Cache):
     >>> model = s2attn.patch(transformers.LlamaForCausalLM(config).eval(), s2attn.Sink(4) | s2attn.Window(32))
     >>> past = PastKeyValues.for_model(model, max_tokens=512)
     >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, past_key_values=past, pad_token_id=0)
-    >>> tokens.shape, past.pages.bytes_used < past.pages.bytes_dense
+    >>> tokens.shape, past.bytes_used < past.bytes_allocated < past.bytes_dense
     (torch.Size([1, 208]), True)
     """
 
@@ -41,34 +43,66 @@ class PastKeyValues(Cache):
         self.pages = pages
         self.sequences: list[int] = []
         self.waiting: _Layer | None = None
+        self.real: Tensor | None = None  # (rows, slots) bool, which slots are no padding; None where all are real
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **sizes: Any) -> PastKeyValues:
         """A cache for a patched model, which is run over one token to see its layers.
 
         Args:
-            sizes: ``max_tokens``, ``sequences``, ``chunk`` and so on, as of `s2attn.SparseCache.for_model`. A prompt comes in one piece, so
-                that ``chunk`` must be its length, unless ``num_pages`` is given; by default it is ``max_tokens``.
+            sizes: ``max_tokens``, ``sequences``, ``hold`` and so on, as of `s2attn.SparseCache.for_model`. Each layer takes a prompt in one
+                piece, so that ``chunk``, the tokens that come at a time, is ``max_tokens`` by default. Together they say how many pages
+                there may be at most; memory is allocated in steps, for those that are in use. With ``num_pages`` it is allocated at once.
         """
         if "num_pages" not in sizes:
             sizes = {"chunk": sizes.get("max_tokens"), **sizes}
         return cls(SparseCache.for_model(model, **sizes))
 
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the memory that is allocated for pages, in use or not."""
+        return self.pages.bytes_allocated
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of all pages in use; a shared page counts once."""
+        return self.pages.bytes_used
+
+    @property
+    def bytes_dense(self) -> int:
+        """What the same tokens take where every key is kept and nothing is shared."""
+        return self.pages.bytes_dense
+
+    def checkpoint(self, layer: int | None = None) -> Callable[[], None]:
+        """Remember the rows, in one layer or in all; calling the result makes them what they were, and closes those that were opened."""
+        undo, rows, real = self.pages.checkpoint(self.sequences, layer), self.sequences, self.real
+        slots = [one.slots for one in self._mine]
+
+        def everything() -> None:
+            undo()
+            self.sequences, self.real, self.waiting = rows, real, None
+            for one, count in zip(self._mine, slots, strict=True):
+                one.slots = count
+
+        return everything
+
     def reset(self) -> None:
         """Give all pages back."""
-        for sequence in self.sequences:
-            self.pages.free(sequence)
-        self.sequences, self.waiting = [], None
-        for layer in self._mine:
-            layer.slots = 0
+        with undoing(self.checkpoint()):
+            for sequence in self.sequences:
+                self.pages.free(sequence)
+            self.sequences, self.real, self.waiting = [], None, None
+            for layer in self._mine:
+                layer.slots, layer.record_past = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows, each as often as it is named."""
-        chosen = [self.sequences[row] for row in beam_idx.tolist()]
-        kept = [self.pages.fork(sequence) for sequence in chosen]
-        for sequence in self.sequences:
-            self.pages.free(sequence)
-        self.sequences = kept
+        with undoing(self.checkpoint()):
+            kept = [self.pages.fork(self.sequences[row]) for row in beam_idx.tolist()]
+            for sequence in self.sequences:
+                self.pages.free(sequence)
+            self.sequences = kept
+            self.real = None if self.real is None else self.real[beam_idx.to(self.real.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows."""
@@ -79,13 +113,28 @@ class PastKeyValues(Cache):
         self.reorder_cache(torch.arange(len(self.sequences)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back, given as a negative number; the `s2attn.SparseCache` must have been made to ``hold`` so many."""
-        if tokens_to_remove > 0:
-            raise bad_value("tokens_to_remove", "must be negative, or 0", tokens_to_remove)
-        for sequence in self.sequences:
-            self.pages.rollback(sequence, -tokens_to_remove)
-        for layer in self._mine:
-            layer.slots += tokens_to_remove
+        """Take the last slots of all rows back, given as a negative number; of a row that was padded there, only its real tokens.
+
+        What one call of the model brought under assisted decoding, and ``hold`` tokens of the `s2attn.SparseCache`, can always be taken
+        back; more, as long as nothing has been given back that the shorter rows read.
+
+        Raises:
+            ValueError: more than that. Nothing was changed.
+        """
+        slots = self._mine[0].slots
+        if tokens_to_remove > 0 and not hasattr(CacheLayerMixin, "is_croppable"):
+            tokens_to_remove = min(0, tokens_to_remove - slots)  # older versions give the length that stays
+        if not -slots <= tokens_to_remove <= 0:
+            raise bad_value("tokens_to_remove", f"must be negative, or 0, and at least -{slots}", tokens_to_remove)
+        left = slots + tokens_to_remove
+        with undoing(self.checkpoint()):
+            counts = [-tokens_to_remove] * len(self.sequences) if self.real is None else self.real[:, left:].sum(1).tolist()
+            for sequence, count in zip(self.sequences, counts, strict=True):
+                self.pages.rollback(sequence, count)
+                self.pages.trim(sequence)
+            for layer in self._mine:
+                layer.slots += tokens_to_remove
+            self.real = None if self.real is None else self.real[:, :left]
 
     def open(self, rows: int) -> list[int]:
         """The sequences of a batch with so many rows."""
@@ -106,10 +155,21 @@ class _Layer(CacheLayerMixin):
     def __init__(self, past: PastKeyValues, layer: int) -> None:
         super().__init__()
         self.past, self.layer, self.slots = past, layer, 0
+        self.record_past = False  # keep what a call of the model brought until a crop; Transformers' name
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back."""
+        return self.record_past or self.past.pages.hold > 0
+
+    def activate_past_recording(self) -> None:
+        """Transformers says so where it will take tokens back."""
+        self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        waiting = self.past.waiting
-        if waiting is not None:
+        waiting, self.past.waiting = self.past.waiting, None
+        # A call that begins anew comes after one that an error ended.
+        if waiting is not None and (self.layer > waiting.layer or self.past.pages.num_layers == 1):
             why = f"nobody attended to the keys of layer {waiting.layer}: the model does not run on s2attn, or changes keys on their way"
             raise Unsupported("PastKeyValues serves models that s2attn.patch has patched", {"model": [why]})
         self.past.waiting = self
@@ -117,25 +177,48 @@ class _Layer(CacheLayerMixin):
         return key_states, value_states
 
     def attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        """Store the real ones of the new keys, and attend."""
-        pages = self.past.pages
-        self._check(call, places)
-        if q.requires_grad and torch.is_grad_enabled():
-            raise Unsupported("a cache has no gradient", {"autograd": ["call the model under torch.no_grad()"]})
-        q, k, v = autocast(q, k, v)
-        sequences = self.past.open(len(q))
-        how: Any = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks, "backend": call.backend}
+        """Store the real ones of the new keys, and attend; all of it or nothing."""
+        for sequence in self.past.sequences:  # before, since pages that are taken again cannot be brought back
+            self.past.pages.ledger.trim(sequence, self.layer)
+        with undoing(self.past.checkpoint(self.layer)):
+            self._check(call, places)
+            if q.requires_grad and torch.is_grad_enabled():
+                raise Unsupported("a cache has no gradient", {"autograd": ["call the model under torch.no_grad()"]})
+            out, real = self._attend(call, *autocast(q, k, v), places)
+            if self.layer == 0:
+                self._note_padding(real, q)
+            self.slots += q.shape[1]
+            self.past.waiting = None
+            return out
+
+    def _attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+        """The result, and which of the new slots are real, ``(B, T)``; None where all are."""
+        pages, sequences = self.past.pages, self.past.open(len(q))
+        how: Any = {
+            "scale": call.scale,
+            "softcap": call.softcap,
+            "sinks": call.sinks,
+            "backend": call.backend,
+            "trim": not self.record_past,
+        }
         if places.key_order is None or places.queries is None:
-            out = pages.attend(sequences, self.layer, q, k, v, **how)
-        else:
-            kept = _kept(places.key_order, places.query_order, places.queries, q)
-            new_q, new_k, new_v = (x.flatten(0, 1)[kept] for x in (q, k, v))
-            cu = torch.nn.functional.pad(places.queries.cumsum(0), (1, 0))
-            packed = pages.attend(sequences, self.layer, new_q, new_k, new_v, cu_seqlens_q=cu, **how)
-            out = packed.new_zeros(q.shape[0] * q.shape[1], *packed.shape[1:]).index_copy(0, kept, packed).unflatten(0, q.shape[:2])
-        self.slots += q.shape[1]
-        self.past.waiting = None
-        return out
+            return pages.attend(sequences, self.layer, q, k, v, **how), None
+        real = _real(places.key_order, places.query_order, places.queries, q)
+        kept = real.flatten().nonzero()[:, 0]
+        new_q, new_k, new_v = (x.flatten(0, 1)[kept] for x in (q, k, v))
+        cu = torch.nn.functional.pad(places.queries.cumsum(0), (1, 0))
+        packed = pages.attend(sequences, self.layer, new_q, new_k, new_v, cu_seqlens_q=cu, **how)
+        out = packed.new_zeros(q.shape[0] * q.shape[1], *packed.shape[1:]).index_copy(0, kept, packed)
+        return out.unflatten(0, q.shape[:2]), real
+
+    def _note_padding(self, real: Tensor | None, q: Tensor) -> None:
+        """Remember which slots are padding, for :meth:`PastKeyValues.crop`."""
+        known = self.past.real
+        if real is None and known is None:
+            return
+        before = torch.ones(len(q), self.slots, dtype=torch.bool, device=q.device) if known is None else known
+        new = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if real is None else real
+        self.past.real = torch.cat([before, new], dim=1)
 
     def _check(self, call: LayerCall, places: Places) -> None:
         pages, why = self.past.pages, []
@@ -168,11 +251,11 @@ class _Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def _kept(key_order: Tensor, query_order: Tensor | None, queries: Tensor, q: Tensor) -> Tensor:
-    """Numbers of the real queries among ``(B * T)``, rising."""
+def _real(key_order: Tensor, query_order: Tensor | None, queries: Tensor, q: Tensor) -> Tensor:
+    """Which queries ``(B, T)`` are no padding."""
     tokens, place = q.shape[1], torch.arange(q.shape[1], device=q.device)
     if query_order is None:
         order, real = key_order, place < queries[:, None]
     else:
         order, real = query_order, place >= tokens - queries[:, None]
-    return torch.zeros_like(real).scatter(1, order, real).flatten().nonzero()[:, 0]
+    return torch.zeros_like(real).scatter(1, order, real)
