@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +26,21 @@ class CacheFull(RuntimeError):
         self.texts: list[Any] = []
 
 
-@contextmanager
-def undoing(undo: Callable[[], None]) -> Iterator[None]:
-    """Call ``undo`` when the block raises anything at all, an interrupt too."""
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
+class undoing:
+    """``with undoing(undo):`` calls ``undo`` when the block raises anything at all, an interrupt too.
+
+    A class, since a generator that an interrupt leaves suspended would undo when it is collected, at any later time.
+    """
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self.undo = undo
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.undo()
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +147,7 @@ class Ledger:
 
         return undo
 
-    def whole(self, sequences: Iterable[int] = (), layer: int | None = None) -> AbstractContextManager[None]:
+    def whole(self, sequences: Iterable[int] = (), layer: int | None = None) -> undoing:
         """Undo what the block changes about these sequences, and close what it opens, when it raises anything at all."""
         return undoing(self.checkpoint(sequences, layer))
 

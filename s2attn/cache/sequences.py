@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -52,7 +51,7 @@ class Sequences:
 
         return both
 
-    def whole(self, sequences: Sequence[int] = (), layer: int | None = None) -> AbstractContextManager[None]:
+    def whole(self, sequences: Sequence[int] = (), layer: int | None = None) -> undoing:
         """Undo what the block changes about these sequences, and free what it opens, when it raises anything at all."""
         return undoing(self.checkpoint(sequences, layer))
 
@@ -65,6 +64,7 @@ class Sequences:
         Raises:
             ValueError: more tokens than that. Nothing was changed.
         """
+        self.ledger.check_rollback(sequence, tokens)
         with self.whole([sequence]):
             self.ledger.rollback(sequence, tokens)
             self.texts[sequence] = self.texts[sequence][: self.length(sequence)]

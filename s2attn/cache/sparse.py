@@ -243,7 +243,9 @@ class SparseCache(Sequences):
             ValueError, TypeError, Unsupported: as `s2attn.decode`; also a sequence that would become longer than max_tokens.
         """
         pattern = pattern_of(self.pattern, layer)
-        with self._appended(sequences, layer, k, v, cu_seqlens_q):
+        counts = self._counted(sequences, layer, k, v, cu_seqlens_q)
+        with self.whole(sequences, layer):
+            self._append(sequences, layer, k, v, counts)
             where: dict[str, Any] = {**self.tables(sequences, layer), "cu_seqlens_q": cu_seqlens_q, "layer": layer, "heads": self.heads}
             result = self.decode(q, pattern, cascade=cascade, **where, **options)
             for sequence in sequences if trim else ():
@@ -255,21 +257,22 @@ class SparseCache(Sequences):
 
         Afterwards the queries of these tokens can be served; :meth:`trim` gives back what only they needed.
         """
-        with self._appended(sequences, layer, k, v, cu_seqlens_q):
-            pass
+        counts = self._counted(sequences, layer, k, v, cu_seqlens_q)
+        with self.whole(sequences, layer):
+            self._append(sequences, layer, k, v, counts)
 
-    @contextmanager
-    def _appended(self, sequences: Sequence[int], layer: int, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> Iterator[None]:
-        """Run a block after :meth:`append`, and undo both when anything is raised."""
+    def _append(self, sequences: Sequence[int], layer: int, k: Tensor, v: Tensor, counts: list[int]) -> None:
+        rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
+        self.prepare(rooms)
+        if rooms:
+            self.store(k, v, self.numbers(np.concatenate([room.slots.reshape(-1) for room in rooms])))
+
+    def _counted(self, sequences: Sequence[int], layer: int, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> list[int]:
+        """New tokens of each sequence, after a trim: pages that are taken again cannot be brought back, so that it comes first."""
         counts = self._counts(sequences, k, v, cu_seqlens_q)
         for sequence in sequences:
             self.ledger.trim(sequence, layer)
-        with self.whole(sequences, layer):
-            rooms = self.ledger.reserve(layer, list(zip(sequences, counts, strict=True)))
-            self.prepare(rooms)
-            if rooms:
-                self.store(k, v, self.numbers(np.concatenate([room.slots.reshape(-1) for room in rooms])))
-            yield
+        return counts
 
     def tables(self, sequences: Sequence[int], layer: int) -> dict[str, Tensor]:
         """``block_table`` ``(B, G, max_pages)`` and ``seq_lens`` ``(B,)`` of a layer, as `s2attn.decode` takes them."""

@@ -30,7 +30,7 @@ class PastKeyValues(Cache):
     >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     >>> model = s2attn.patch(transformers.LlamaForCausalLM(config).eval(), s2attn.Sink(4) | s2attn.Window(32))
     >>> past = PastKeyValues.for_model(model, max_tokens=512)
-    >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, past_key_values=past, pad_token_id=0)
+    >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, cache=past, pad_token_id=0)
     >>> tokens.shape, past.bytes_used < past.bytes_allocated < past.bytes_dense
     (torch.Size([1, 208]), True)
     """
@@ -158,7 +158,7 @@ class _Layer(CacheLayerMixin):
         self.record_past = False  # keep what a call of the model brought until a crop; Transformers' name
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # pyrefly: ignore[bad-override]
         """Whether the last tokens can be taken back."""
         return self.record_past or self.past.pages.hold > 0
 
