@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2attn.bench.tables import dense_peer, duration, head_of, notes, plain, reasons
+from s2attn.core import StrPath, as_path, atomic_write
 
 Record = Mapping[str, Any]
 HEAD = ["case", "peer", "density", "executed", "median", "p20 to p80", "TFLOP/s", "x dense", "efficiency", "set-up", "first call", "error"]
@@ -70,12 +71,13 @@ def speedups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[tu
     return {key: sorted(points, reverse=True) for key, points in found.items()}
 
 
-def speedup_chart(records: Mapping[str, Record], path: Path) -> Path:
+def speedup_chart(records: Mapping[str, Record], path: StrPath) -> Path:
     """Draw speed-up over density, a panel for each op, with the ideal line; matplotlib comes with the extra ``lab``.
 
     Raises:
         ValueError: no row of attention has a speed-up over a dense peer.
     """
+    path = as_path("path", path)
     from matplotlib.figure import Figure
 
     points = speedups([row for record in records.values() for row in record["rows"]])
@@ -96,5 +98,6 @@ def speedup_chart(records: Mapping[str, Record], path: Path) -> Path:
         axis.grid(True, which="both", color="#e6e8eb", linewidth=0.6)
         axis.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or None)
     return path

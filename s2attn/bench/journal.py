@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from s2attn.core import StrPath, as_path, write_text
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -31,13 +32,15 @@ class Journal:
 
     def __init__(
         self,
-        path: Path | None = None,
+        path: StrPath | None = None,
         *,
         earlier: Record | None = None,
-        state: Path | None = None,
+        state: StrPath | None = None,
         crashes: Sequence[Row] = (),
         tell: Callable[[Sequence[Row]], object] | None = None,
     ):
+        path = None if path is None else as_path("path", path)
+        state = None if state is None else as_path("state", state)
         self.path, self.state, self.crashes, self.tell = path, state, list(crashes), tell
         self.rows: list[Row] = list(earlier["rows"]) if earlier else []
         self._before_s = float(earlier["seconds"]) if earlier else 0.0
@@ -77,17 +80,19 @@ class Journal:
         return whole
 
 
-def write_record(record: Record, path: Path) -> Path:
+def write_record(record: Record, path: StrPath) -> Path:
     """Write a record as JSON, whole or not at all."""
+    path = as_path("path", path)
     return write_atomically(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: StrPath) -> Record:
     """Read a record of any schema so far.
 
     Raises:
         ValueError: the file is no record.
     """
+    path = as_path("path", path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -97,12 +102,11 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def write_atomically(path: Path, text: str) -> Path:
+def write_atomically(path: StrPath, text: str) -> Path:
     """Write a file so that whoever reads it finds the old text or the new one, never a part."""
+    path = as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    write_text(path, text)
     return path
 
 

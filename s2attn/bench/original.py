@@ -6,7 +6,6 @@ import importlib
 import sys
 import time
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from s2attn.bench.cases import AttentionCase
 from s2attn.bench.peers import NO_CUDA, Peer, Prepared, case_layout, listed_pairs
 from s2attn.bench.rows import Skip
+from s2attn.core import StrPath, as_path
 from s2attn.layout import Layout
 from s2attn.layout.entries import entries_of
 
@@ -27,7 +27,8 @@ class Original(Peer):
 
     name = "s2-original"
 
-    def __init__(self, device: str = "cpu", path: Path | None = None):
+    def __init__(self, device: str = "cpu", path: StrPath | None = None):
+        path = None if path is None else as_path("path", path)
         super().__init__(device)
         self.path = path
 
@@ -81,7 +82,7 @@ def _only_causal(line: Tensor, idx: Tensor, layout: Layout, tile: Tensor, corner
     return bool((line == idx).all()) and all(bool((layout.tiles[int(t)] == corner).all()) for t in used)
 
 
-def load_original(root: Path) -> Any:
+def load_original(root: StrPath) -> Any:
     """The module ``interface`` of the checkout's package.
 
     The original may have this library's own name: its modules are then loaded while ours stand aside, and keep only the names that they
@@ -90,6 +91,7 @@ def load_original(root: Path) -> Any:
     Raises:
         Skip: no such package lies there.
     """
+    root = as_path("root", root)
     found = [folder for base in (root, root / "src") for name in PACKAGES if (folder := base / name / "interface.py").is_file()]
     if not found:
         raise Skip(f"{root} holds no package {' or '.join(PACKAGES)} with interface.py")

@@ -10,6 +10,7 @@ from s2attn.bench.journal import read_record
 from s2attn.bench.serving_tables import TABLES
 from s2attn.bench.tables import by_case, dense_peer, duration, head_of, notes, peer_names, reasons, size
 from s2attn.bench.targets import TARGETS, Found
+from s2attn.core import StrPath, as_path, write_text
 
 Record = Mapping[str, Any]
 RECORDS = Path(__file__).parent / "records"
@@ -26,15 +27,17 @@ OPS = {
 }
 
 
-def committed_records(folder: Path | None = None) -> dict[str, Record]:
+def committed_records(folder: StrPath | None = None) -> dict[str, Record]:
     """The records in a folder by file name, the package's own when none is named."""
+    folder = None if folder is None else as_path("folder", folder)
     return {path.stem: read_record(path) for path in sorted((folder or RECORDS).glob("*.json"))}
 
 
-def write_report(records: Mapping[str, Record], path: Path) -> Path:
+def write_report(records: Mapping[str, Record], path: StrPath) -> Path:
     """Write the page."""
+    path = as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_page(records), encoding="utf-8")
+    write_text(path, report_page(records))
     return path
 
 

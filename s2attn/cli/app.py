@@ -86,7 +86,7 @@ def generate(
     chunk: Annotated[int, typer.Option(help="Bytes of the prompt that are read at a time.")] = 512,
     save: Annotated[Path | None, typer.Option(help="Keep the cache in this file.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on from a cache that --save wrote; a prompt comes behind its text.")] = None,
-    room: Annotated[int, typer.Option(help="Bytes that the text of a saved cache may grow to; no more than now when left out.")] = 0,
+    room: Annotated[int, typer.Option(help="Bytes that the text of a saved cache may grow to; this text at least.")] = 0,
 ) -> None:
     """Let a trained model write, live, through a cache that gives back the keys which no later byte can read."""
     with clear_errors():

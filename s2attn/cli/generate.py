@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from s2attn.cache import CacheFull, SparseCache
-from s2attn.core import bad_value
+from s2attn.cache import CacheFull, SparseCache, pages_needed
+from s2attn.core import StrPath, bad_value
 from s2attn.lab.train import load_model
 from s2attn.lab.training.tokens import Bytes, Tokenizer, read_tokens, tokenizer_in
 from s2attn.nn.generation import NewToken, stream
@@ -50,10 +50,7 @@ def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: 
         raise bad_value("--stop", "must be left out with a model of byte pairs", f"{len(sampling.stop)} characters")
     given = source.tokens(folder)
     if source.resume is not None:
-        cache = SparseCache.load(source.resume)
-        if not cache.ledger.sequences:
-            raise bad_value("--resume", "must be a cache with a text in it", source.resume)
-        sequence = cache.ledger.sequences[0]
+        cache, sequence = _resumed(source.resume, len(given) + sampling.max_new_tokens, chunk=chunk, room=room)
         text = cache.tokens(sequence) + given
     elif given:
         room = max(room, len(given) + sampling.max_new_tokens)
@@ -69,12 +66,31 @@ def show_generation(folder: Path, source: Source, sampling: Sampling, *, chunk: 
     seconds = time.perf_counter() - began
     unit = "bytes" if isinstance(tokenizer, Bytes) else "tokens"
     note = f"{len(new)} {unit} in {seconds:.1f} s; the cache never held more than {cache.bytes_most / 1e3:.0f} kB"
+    note += f" ({cache.bytes_allocated / 1e3:.0f} kB allocated)"
     print(f"{note}, where a dense one ends with {cache.bytes_dense / 1e3:.0f} kB", file=sys.stderr)
     if save is not None:
         last = torch.tensor([new[-1:]])
         with torch.no_grad(), cache.step([sequence], last):  # so that the file holds the whole text
             model(last)
         cache.save(save)
+
+
+def _resumed(path: StrPath, more: int, *, chunk: int, room: int) -> tuple[SparseCache, int]:
+    """A saved cache with room for ``more`` tokens and for a text of ``room``, and the sequence to go on with."""
+    cache = SparseCache.load(path)
+    if not cache.ledger.sequences:
+        raise bad_value("--resume", "must be a cache with a text in it", path)
+    sequence = cache.ledger.sequences[0]
+    longest = max(room, cache.length(sequence) + more)
+    if longest <= cache.max_tokens:
+        return cache, sequence
+    names = ("num_kv_heads", "num_layers", "num_heads", "page_size", "heads", "hold")
+    pages = pages_needed(cache.pattern, tokens=longest, chunk=chunk, **{name: getattr(cache, name) for name in names})
+    try:
+        return SparseCache.load(path, max_tokens=longest, num_pages=max(pages, cache.num_pages)), sequence
+    except ValueError as error:  # a pattern that comes back to keys which were given back for the shorter text
+        rule = f"must be at most {cache.max_tokens}, for which {path} was saved, since a longer text reads keys that were given back"
+        raise bad_value("--room", rule, longest) from error
 
 
 def _write(steps: Iterator[list[NewToken]], tokenizer: Tokenizer) -> list[int]:

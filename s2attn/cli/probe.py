@@ -13,7 +13,7 @@ import torch
 
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
-from s2attn.core import Unsupported, bad_value, check_int
+from s2attn.core import Unsupported, bad_value, check_int, write_text
 from s2attn.lab.compare import NeedsTraining, compare
 from s2attn.lab.suggest import suggest
 
@@ -56,7 +56,7 @@ def show_suggestion(folder: Path, budget: float, reading: Reading, *, sink: int,
         screen.print(f"- {note}", style="yellow", markup=False)
     screen.print(table(found.lines()))
     if out is not None:
-        out.write_text(found.recipe.to_json())
+        write_text(out, found.recipe.to_json())
         screen.print(f"Recipe: [bold]{out}[/bold]")
 
 

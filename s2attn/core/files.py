@@ -29,10 +29,10 @@ def as_path(argument: str, value: object) -> Path:
     >>> as_path("folder", 3)
     Traceback (most recent call last):
     ...
-    TypeError: folder must be a string or a path; got int
+    TypeError: folder must be a string or a Path; got int
     """
     if not isinstance(value, (str, os.PathLike)):
-        raise bad_kind(argument, "must be a string or a path", value)
+        raise bad_kind(argument, "must be a string or a Path", value)
     return Path(value)
 
 

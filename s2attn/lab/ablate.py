@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value
 from s2attn.lab.ablate_match import Matched
 from s2attn.lab.ablate_settings import AblateSettings, Record, Scored
 from s2attn.lab.data import Corpus, Windows, read_corpus
@@ -35,7 +35,7 @@ class Outcome:
         return [(name, seed) for seed in self.settings.seeds for name in self.settings.recipes if (name, seed) not in self.runs]
 
 
-def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge = NO_GAUGE, limit: float | None = None) -> Outcome:
+def run_ablation(settings: AblateSettings, out: StrPath, show: Show, gauge: Gauge = NO_GAUGE, limit: float | None = None) -> Outcome:
     """Run what is still open of an ablation; each finished run is a file ``runs/RECIPE-seedN.json`` in ``out``.
 
     A run that was stopped goes on from its last checkpoint, in ``partial/RECIPE-seedN``, with the results of a run that never stopped;
@@ -48,6 +48,7 @@ def run_ablation(settings: AblateSettings, out: Path, show: Show, gauge: Gauge =
     Raises:
         ValueError: ``out`` holds runs of other settings, the device is not there, or several processes were started.
     """
+    out = as_path("out", out)
     with place_of(settings.device) as place:
         if place.ranks > 1:
             raise bad_value("WORLD_SIZE", "must be 1: an ablation is one process", place.ranks)

@@ -8,11 +8,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from s2attn.core import StrPath, as_path, write_text
 from s2attn.lab.ablate import Outcome
 from s2attn.lab.ablate_match import Matched
 from s2attn.lab.ablate_record import record_of
 from s2attn.lab.charts import new_figure
 from s2attn.lab.folder import machine_lines, write_json
+from s2attn.lab.plot import save_figure
 from s2attn.lab.report_md import markdown, mebibytes
 from s2attn.lab.tasks import Scores, heat_map
 
@@ -148,12 +150,13 @@ def with_spread(value: Record | None, scale: float, digits: int, sign: str = "")
     return made + (f"±{scale * value['sd']:.{digits}f}" if value["sd"] is not None else "")
 
 
-def write_report(outcome: Outcome, out: Path, command: str) -> Path:
+def write_report(outcome: Outcome, out: StrPath, command: str) -> Path:
     """Write ``record.json``, the pictures and ``report.md`` into ``out``.
 
     Args:
         command: how the ablation was started, for the reader.
     """
+    out = as_path("out", out)
     found = summary(outcome)
     host = [outcome.runs[key]["host"] for key in outcome.runs]
     write_json(record_of(outcome, command), out / "record.json")
@@ -174,7 +177,7 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
         f"## How it was made\n\n`{command}`. Every run is a file in `runs/`; `record.json` is all of them, without their single steps.",
     ]
     page = out / "report.md"
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(page, "\n\n".join(parts) + "\n")
     return page
 
 
@@ -237,8 +240,9 @@ def _heat_maps(outcome: Outcome, out: Path) -> list[str]:
     return ["## Depth and length", "Share of exact answers, mean over seeds.", *parts] if parts else []
 
 
-def loss_chart(outcome: Outcome, path: Path) -> Path:
+def loss_chart(outcome: Outcome, path: StrPath) -> Path:
     """Validation loss over tokens, the range of the seeds shaded; and at the end, every seed as a dot beside the dense one of that seed."""
+    path = as_path("path", path)
     figure, (left, right) = new_figure(2)
     names = [one.name for one in outcome.recipes if runs_of(outcome, one.name)]
     batch = outcome.settings.text.batch * outcome.settings.text.context
@@ -259,12 +263,13 @@ def loss_chart(outcome: Outcome, path: Path) -> Path:
     _named(right, [one["name"] for one in found] or names)
     label = "validation loss, difference from dense (%)" if paired else "validation loss (nats per byte)"
     right.set(xlabel=label, title="at the end: every seed, and the mean")
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
-def task_chart(found: Sequence[Record], path: Path) -> Path:
+def task_chart(found: Sequence[Record], path: StrPath) -> Path:
     """Exact answers of every seed, and their mean, a panel per task."""
+    path = as_path("path", path)
     tasks = list(dict.fromkeys(name for one in found for name in one["tasks"]))
     figure, axes = new_figure(len(tasks), width=4.6)
     for axis, task in zip(axes, tasks, strict=True):
@@ -273,7 +278,7 @@ def task_chart(found: Sequence[Record], path: Path) -> Path:
                 _dots(axis, [100 * value for value in one["tasks"][task]["values"]], place, "#1668b8")
         axis.set(xlabel="exact answers (%)", title=task, xlim=(-4, 104))
         _named(axis, [one["name"] for one in found])
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2attn.core import StrPath, as_path
+from s2attn.lab.plot import save_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -30,8 +33,9 @@ def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.2, rows: 
     return figure, axes
 
 
-def loss_chart(history: Mapping[str, Sequence[Record]], path: Path) -> Path:
+def loss_chart(history: Mapping[str, Sequence[Record]], path: StrPath) -> Path:
     """Training loss (faint: every step; strong: running mean) and validation loss of every run, in nats per byte."""
+    path = as_path("path", path)
     figure, (left, right) = new_figure(2)
     for i, (name, entries) in enumerate(history.items()):
         color, label, width = COLORS.get(name), NAMES.get(name, name), 3.2 if i == 0 else 1.6
@@ -47,7 +51,7 @@ def loss_chart(history: Mapping[str, Sequence[Record]], path: Path) -> Path:
     right.set(xlabel="step", ylabel="loss (nats per byte)", title="validation: files that neither has seen")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=9, loc="upper right")
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
@@ -70,8 +74,9 @@ def timed_rows(rows: Sequence[Record], peer: str, op: str, key: str = "median_s"
     return sorted(found, key=lambda row: row["seqlen"])
 
 
-def times_chart(rows: Sequence[Record], path: Path) -> Path:
+def times_chart(rows: Sequence[Record], path: StrPath) -> Path:
     """Median milliseconds over length, a panel per op, a line per peer, with p20 to p80 shaded; both axes logarithmic."""
+    path = as_path("path", path)
     ops = [op for op in OPS if any(timed_rows(rows, peer, op) for peer in NAMES)]
     figure, axes = new_figure(max(1, len(ops)))
     for axis, op in zip(axes, ops, strict=False):
@@ -87,12 +92,13 @@ def times_chart(rows: Sequence[Record], path: Path) -> Path:
         _plain_log_scale(axis)
         axis.set(ylabel="milliseconds (median)", title=OPS[op])
         axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
-def memory_chart(rows: Sequence[Record], path: Path) -> Path:
+def memory_chart(rows: Sequence[Record], path: StrPath) -> Path:
     """Peak memory of a call over length, measured; dotted, what one head's S x S scores would take."""
+    path = as_path("path", path)
     ops = [op for op in OPS if any(timed_rows(rows, peer, op, "peak_bytes") for peer in NAMES)]
     figure, axes = new_figure(max(1, len(ops)))
     for axis, op in zip(axes, ops, strict=False):
@@ -112,7 +118,7 @@ def memory_chart(rows: Sequence[Record], path: Path) -> Path:
         _plain_log_scale(axis)
         axis.set(ylabel="MiB above the level before", title=f"{OPS[op]}: peak memory")
         axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 

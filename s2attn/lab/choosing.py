@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from s2attn.core import bad_value, check_block, check_int
+from s2attn.core import StrPath, as_path, bad_value, check_block, check_int, write_text
 from s2attn.lab.data import validation_batches
 from s2attn.lab.model import LanguageModel
 from s2attn.lab.recall import captured, recall
@@ -93,9 +93,10 @@ def calibrated(selector: XAttention, layers: Sequence[Sequence[Sample]], target:
     return table, judged
 
 
-def write_coverage(selector: XAttention, target: float, path: Path) -> Path:
+def write_coverage(selector: XAttention, target: float, path: StrPath) -> Path:
     """Write ``{"selector": the arguments of XAttention, "target": ...}`` as JSON."""
+    path = as_path("path", path)
     fields: dict[str, Any] = {"stride": selector.stride, "block": selector.block, "coverage": selector.coverage}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"selector": fields, "target": target}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"selector": fields, "target": target}, indent=1) + "\n")
     return path

@@ -206,7 +206,7 @@ def plot_context(
         Unsupported: matplotlib is not installed.
         ValueError, TypeError: naming the argument, the rule and what came.
     """
-    from s2attn.lab.plot import checked_path, new_figure
+    from s2attn.lab.plot import checked_path, new_figure, save_figure
 
     path = checked_path(path)
     if not ranks or list(ranks) != sorted(set(ranks)):
@@ -233,5 +233,5 @@ def plot_context(
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=dpi, facecolor="white")
+    save_figure(figure, path, dpi=dpi, facecolor="white")
     return path

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
 from s2attn.cache import SparseCache
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value, write_text
 from s2attn.lab.data import Corpus, Windows, read_corpus
 from s2attn.lab.describe import describe
 from s2attn.lab.generate import cache_error, generate
@@ -103,7 +102,7 @@ class DemoSettings:
         }
 
 
-def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Callable[[DemoSettings, Show], Record]) -> Record:
+def run_demo(settings: DemoSettings, out: StrPath, show: Show, time_attention: Callable[[DemoSettings, Show], Record]) -> Record:
     """Run the whole demo and write ``metrics.jsonl``, ``results.json`` and a checkpoint folder under ``out``.
 
     Args:
@@ -112,6 +111,7 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
     Raises:
         ArithmeticError: a check failed: the loaded model or the cached logits differ.
     """
+    out = as_path("out", out)
     results: Record = {"settings": settings.facts(), "seconds": {}}
     metrics = Metrics(out / "metrics.jsonl")
     with _stage("Text", "text", show, results):
@@ -138,7 +138,7 @@ def run_demo(settings: DemoSettings, out: Path, show: Show, time_attention: Call
         results["attention"] = time_attention(settings, show)
         for row in results["attention"]["rows"]:
             metrics.write({"timing": row})
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -205,8 +205,9 @@ def train_pair(settings: DemoSettings, corpus: Corpus, show: Show, metrics: Metr
     return runs
 
 
-def checkpoint(run: Run, corpus: Corpus, folder: Path) -> tuple[LanguageModel, Record]:
+def checkpoint(run: Run, corpus: Corpus, folder: StrPath) -> tuple[LanguageModel, Record]:
     """Save a run, load its model again, and check that the loaded one gives the same logits, bit for bit."""
+    folder = as_path("folder", folder)
     run.save(folder)
     loaded = load_model(folder)
     sample = corpus.validation[: run.config.context].long()[None]

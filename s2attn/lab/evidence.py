@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value, write_text
 from s2attn.lab.ablate_record import KIND as ABLATION
 from s2attn.lab.ablate_settings import Record
 from s2attn.lab.evidence_ablation import SECTIONS, ablation_pictures, ablation_sections
@@ -44,12 +44,13 @@ KINDS: Mapping[str, Kind] = {
 """By what a record calls its kind, in the order of the page."""
 
 
-def committed_records(folder: Path | None = None) -> dict[str, Record]:
+def committed_records(folder: StrPath | None = None) -> dict[str, Record]:
     """The records in a folder by file name, the package's own when none is named.
 
     Raises:
         ValueError: a record cannot be read, or is of a kind that the page does not know.
     """
+    folder = None if folder is None else as_path("folder", folder)
     found = {}
     for path in sorted((folder or RECORDS).glob("*.json")):
         try:
@@ -63,13 +64,14 @@ def committed_records(folder: Path | None = None) -> dict[str, Record]:
     return found
 
 
-def write_page(records: Records, path: Path) -> Path:
+def write_page(records: Records, path: StrPath) -> Path:
     """Write the page, and its pictures into the folder ``evidence`` beside it."""
+    path = as_path("path", path)
     folder = path.parent / "evidence"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, kind in KINDS.items():
         kind.pictures(_of_kind(records, name), folder)
-    path.write_text(evidence_page(records), encoding="utf-8")
+    write_text(path, evidence_page(records))
     return path
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value
 from s2attn.lab.progress import Show
 from s2attn.lab.training.files import write_file
 from s2attn.lab.training.place import ALONE, Place
@@ -91,7 +91,7 @@ class Job:
     tidy: Callable[[], None] | None = None
 
 
-def run_jobs(jobs: Mapping[K, Job], out: Path, around: Surroundings) -> dict[K, Record]:
+def run_jobs(jobs: Mapping[K, Job], out: StrPath, around: Surroundings) -> dict[K, Record]:
     """Run what is still open, in order; finished runs are never repeated, and one that was stopped leaves no record.
 
     Returns:
@@ -100,6 +100,7 @@ def run_jobs(jobs: Mapping[K, Job], out: Path, around: Surroundings) -> dict[K, 
     Raises:
         ValueError: ``out`` holds runs of other settings, or files that cannot be read.
     """
+    out = as_path("out", out)
     show, watch = around.show, around.watch
     done = {key: record for key, job in jobs.items() if (record := finished(job, out)) is not None}
     for key, job in jobs.items():
@@ -129,12 +130,13 @@ def _path(job: Job, out: Path) -> Path:
     return out / "runs" / f"{job.name}.json"
 
 
-def finished(job: Job, out: Path) -> Record | None:
+def finished(job: Job, out: StrPath) -> Record | None:
     """The record of a run in ``out``, or None where it is open.
 
     Raises:
         ValueError: the file cannot be read, or comes from other settings, which are named.
     """
+    out = as_path("out", out)
     path = _path(job, out)
     if not path.is_file():
         return None
@@ -160,8 +162,9 @@ def differing(here: Record, there: Record) -> list[str]:
     return sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
 
 
-def write_json(values: Any, path: Path) -> Path:
+def write_json(values: Any, path: StrPath) -> Path:
     """Write a JSON file that is whole or not there; a list of numbers stands on one line."""
+    path = as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=1)
     write_file(path, re.sub(r'\[\n\s+([^\[\]{}"]*?)\n\s+\]', lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s2attn.core import Unsupported, bad_kind, bad_value, check_int
+from s2attn.core import Unsupported, as_path, atomic_write, bad_value, check_int
 from s2attn.lab.raster import Raster, last_blocks, raster_of
 from s2attn.lab.stack import stack_of
 from s2attn.layout import Layout, build_layout, dense_pairs
@@ -81,14 +81,12 @@ def plot(
         layout, name = build_layout(one, num_heads, num_kv_heads, seqlen, block=block, causal=causal, layer=layer), repr(one)
         kind = "KV head" if layout.heads == (num_kv_heads or num_heads) else "query head"
     figure = _figure(layout, name, panels, kind, layer)
-    figure.savefig(path, dpi=dpi, facecolor="white")
+    save_figure(figure, path, dpi=dpi, facecolor="white")
     return path
 
 
 def checked_path(path: Any) -> Path:
-    if not isinstance(path, (str, Path)):
-        raise bad_kind("path", "must be a string or a Path", path)
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise bad_value("path", "must end in .png, .svg or .pdf", repr(path.name))
     if not path.absolute().parent.is_dir():
@@ -111,6 +109,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure atomically, in the format that the end of its name says."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or None, **options)
 
 
 @dataclass(frozen=True)

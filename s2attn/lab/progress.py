@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from s2attn.core import write_text
+
 Record = dict[str, Any]
 
 
@@ -53,9 +55,7 @@ class Metrics:
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if self.after is None or not self.path.is_file() else self._lines(self.after)
-        beside = self.path.with_name(f".{self.path.name}.partial")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def _lines(self, last: int) -> list[str]:
         """The whole lines of the file that belong to steps up to ``last``; a kill may have left half a line."""

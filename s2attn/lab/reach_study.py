@@ -6,12 +6,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
 
+from s2attn.core import StrPath, as_path
 from s2attn.lab.data import Batch, Feed
 from s2attn.lab.folder import NO_GAUGE, Gauge, Job, Record, Surroundings, Watch, run_jobs
 from s2attn.lab.model import LanguageModel
@@ -38,7 +38,7 @@ class Outcome:
         return [case for case in self.settings.cases if case not in self.runs]
 
 
-def run_reach(settings: ReachSettings, out: Path, show: Show, gauge: Gauge = NO_GAUGE, limit: float | None = None) -> Outcome:
+def run_reach(settings: ReachSettings, out: StrPath, show: Show, gauge: Gauge = NO_GAUGE, limit: float | None = None) -> Outcome:
     """Run what is still open of a study; each finished run is a file ``runs/PATTERN-layersL-seedN.json`` in ``out``.
 
     A run that was stopped leaves no file and begins anew; finished ones are never repeated.
@@ -50,6 +50,7 @@ def run_reach(settings: ReachSettings, out: Path, show: Show, gauge: Gauge = NO_
     Raises:
         ValueError: ``out`` holds runs of other settings.
     """
+    out = as_path("out", out)
     around = Surroundings(show, Watch(limit), gauge)
     return Outcome(settings, run_jobs({case: _job(settings, case, around) for case in settings.cases}, out, around))
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2attn.core import StrPath, as_path, write_text
 from s2attn.lab.charts import new_figure
 from s2attn.lab.folder import Record, machine_lines, write_json
+from s2attn.lab.plot import save_figure
 from s2attn.lab.reach_study import Outcome
 from s2attn.lab.reach_study_hops import NEVER
 from s2attn.lab.reach_study_settings import DIGITS, subjects
@@ -146,12 +148,13 @@ def plan_table(outcome: Outcome) -> list[list[str]]:
     return lines
 
 
-def write_report(outcome: Outcome, out: Path, command: str) -> Path:
+def write_report(outcome: Outcome, out: StrPath, command: str) -> Path:
     """Write ``record.json``, the pictures and ``report.md`` into ``out``.
 
     Args:
         command: how the study was started, for the reader.
     """
+    out = as_path("out", out)
     settings, runs = outcome.settings, list(outcome.runs.values())
     found, made = summary(outcome), totals(runs)
     host = [run["host"] for run in runs]
@@ -171,7 +174,7 @@ def write_report(outcome: Outcome, out: Path, command: str) -> Path:
     parts.append(f"## How it was made\n\n`{command}`. Every run is a file in `runs/`, all of them are in `record.json`.")
     page = out / "report.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(page, "\n\n".join(parts) + "\n")
     return page
 
 
@@ -220,11 +223,12 @@ def _runs_note() -> str:
     )
 
 
-def distance_chart(found: Sequence[Record], path: Path) -> Path:
+def distance_chart(found: Sequence[Record], path: StrPath) -> Path:
     """Right answers of the last token over distance, a panel per pattern and number of layers; what is reachable is shaded.
 
     Seeds are thin lines of their own.
     """
+    path = as_path("path", path)
     kinds = list(dict.fromkeys((one["pattern"], one["layers"]) for one in found))
     names = list(dict.fromkeys(pattern for pattern, _ in kinds))
     columns = max(sum(name == pattern for pattern, _ in kinds) for name in names)
@@ -241,7 +245,7 @@ def distance_chart(found: Sequence[Record], path: Path) -> Path:
                 axis.set_ylabel("exact (%)", fontsize=8)
             if row == len(names) - 1 or column == columns - 1:
                 axis.set_xlabel("distance (tokens)", fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
@@ -258,8 +262,9 @@ def _panel(axis: Any, runs: Sequence[Record]) -> None:
     axis.tick_params(labelsize=7)
 
 
-def hops_chart(made: Record, path: Path) -> Path:
+def hops_chart(made: Record, path: StrPath) -> Path:
     """Learned questions and right answers by hops, and what no path leads to."""
+    path = as_path("path", path)
     figure, (axis,) = new_figure()
     groups = {**made["by_hops"], **({"never": made["unreachable"]} if made["unreachable"]["asked"] else {})}
     at = range(len(groups))
@@ -269,5 +274,5 @@ def hops_chart(made: Record, path: Path) -> Path:
     axis.set_xticks(at, list(groups))
     axis.set(xlabel="layers that have to pass the digit on", ylabel="%", ylim=(0, 104))
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path

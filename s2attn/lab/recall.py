@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from s2attn.core import bad_kind, bad_value
+from s2attn.core import StrPath, as_path, bad_kind, bad_value
 from s2attn.nn import SparseAttention
 from s2attn.ops.attention import attention
 from s2attn.ops.checks import check_scale, check_tensors
@@ -158,9 +158,11 @@ def recall_table(judged: Judged, budgets: Mapping[str, Sequence[str]] | None = N
     return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(line) + " |" for line in lines)
 
 
-def recall_chart(judged: Judged, path: Path) -> Path:
+def recall_chart(judged: Judged, path: StrPath) -> Path:
     """Mass kept over density, a line for each method, beside the most that was possible; one picture for each kind of data."""
+    path = as_path("path", path)
     from s2attn.lab.charts import new_figure
+    from s2attn.lab.plot import save_figure
 
     kinds, names = list(dict.fromkeys(kind for kind, _ in judged)), list(dict.fromkeys(name for _, name in judged))
     figure, axes = new_figure(len(kinds))
@@ -175,5 +177,5 @@ def recall_chart(judged: Judged, path: Path) -> Path:
             axis.plot(densities, [r.oracle for r in points], ":", color=f"C{i % 10}", linewidth=1)
         axis.set(xlabel="density (blocks)", ylabel="attention mass kept", title=f"{kind} (dotted: most possible)", ylim=(0, 1.02))
         axis.legend(frameon=False, fontsize=9, loc="lower right")
-    figure.savefig(path)
+    save_figure(figure, path)
     return path

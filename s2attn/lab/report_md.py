@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2attn.core import StrPath, as_path, write_text
 from s2attn.lab.charts import NAMES, OPS, loss_chart, memory_chart, times_chart, tokens
 
 Record = dict[str, Any]
@@ -17,15 +18,16 @@ TIME_HEAD = (
 SUMMARY_HEAD = ("", "den-\nsity", "dense", "flex", "s2attn", "vs\ndense", "vs\nflex", "effi-\nciency", "s2attn\nset-up", "flex\nset-up")
 
 
-def write_report(results: Record, out: Path) -> Path:
+def write_report(results: Record, out: StrPath) -> Path:
     """Write ``report.md`` and its charts into ``out``; the pattern picture ``pattern.png`` is shown when it lies there."""
+    out = as_path("out", out)
     rows = results["attention"]["rows"]
     loss_chart(results["history"], out / "losses.png")
     times_chart(rows, out / "times.png")
     memory_chart(rows, out / "memory.png")
     parts = [_head(results), _pattern(results, out), _training(results), _checkpoint(results), _attention(results), _made_on(results)]
     page = out / "report.md"
-    page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_text(page, "\n\n".join(part for part in parts if part) + "\n")
     return page
 
 

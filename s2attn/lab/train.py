@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from s2attn.core import bad_value, check_int
+from s2attn.core import StrPath, as_path, bad_value, check_int
 from s2attn.lab.data import Batch, Feed
 from s2attn.lab.model import Block, LanguageModel, ModelConfig
 from s2attn.lab.training.files import write_file
@@ -281,24 +281,27 @@ def steps_that_fit(runs: Sequence[Run], planned: int, left: float) -> int:
     return min(planned, runs[0].step + max(1, int(min(left / speed, planned))))
 
 
-def save_model(model: LanguageModel, folder: Path) -> None:
+def save_model(model: LanguageModel, folder: StrPath) -> None:
     """Write ``config.json``, which holds the recipe, and ``weights.pt`` into ``folder``."""
+    folder = as_path("folder", folder)
     write_model(model.config, model.state_dict(), folder)
 
 
-def write_model(config: ModelConfig, weights: dict[str, Any], folder: Path) -> None:
+def write_model(config: ModelConfig, weights: dict[str, Any], folder: StrPath) -> None:
     """Write what :func:`load_model` reads."""
+    folder = as_path("folder", folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", config.to_json() + "\n")
     write_file(folder / "weights.pt", weights)
 
 
-def load_model(folder: Path) -> LanguageModel:
+def load_model(folder: StrPath) -> LanguageModel:
     """The model that :func:`save_model` wrote; only tensors are unpickled.
 
     Raises:
         ValueError: the folder holds no checkpoint, or its configuration cannot be read.
     """
+    folder = as_path("folder", folder)
     if not (folder / "config.json").is_file():
         raise bad_value("folder", "must hold config.json and weights.pt", folder)
     try:

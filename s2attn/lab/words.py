@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value
 from s2attn.patterns import PRESETS, Pattern, Recipe, parse_pattern, preset
 
 
@@ -31,8 +31,9 @@ def read_what(what: str, name: str = "WHAT") -> Pattern | Recipe:
     return parse_pattern(what)
 
 
-def read_file(path: Path, name: str = "WHAT") -> Pattern | Recipe:
+def read_file(path: StrPath, name: str = "WHAT") -> Pattern | Recipe:
     """The pattern or recipe in a JSON file."""
+    path = as_path("path", path)
     if not path.is_file():
         raise bad_value(name, "must name a JSON file that exists", repr(str(path)))
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -18,7 +18,7 @@ import torch
 from s2attn.backends import get_backend
 from s2attn.backends.triton.backend import DTYPES
 from s2attn.backends.triton.tiles import SHARED_MEMORY
-from s2attn.core import Unsupported
+from s2attn.core import Unsupported, write_text
 from s2attn.ops import attention
 from s2attn.ops.decode import decode
 from s2attn.ops.score import antidiagonal
@@ -244,9 +244,9 @@ def page(record: dict[str, Any]) -> str:
 def main() -> None:
     """Make the record and the page."""
     record = survey()
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(RECORD, json.dumps(record, indent=1) + "\n")
     path = Path("docs/reference/portability.md")
-    path.write_text(page(record), encoding="utf-8")
+    write_text(path, page(record))
     print(f"{len(record['findings'])} findings in {RECORD} and {path}")
 
 

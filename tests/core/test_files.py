@@ -117,5 +117,5 @@ def test_a_checksum_finds_every_altered_byte(path: Path) -> None:
 
 def test_paths_are_strings_or_paths() -> None:
     assert as_path("path", "a") == as_path("path", Path("a")) == Path("a")
-    with pytest.raises(TypeError, match="path must be a string or a path; got BufferedRandom"):
+    with pytest.raises(TypeError, match="path must be a string or a Path; got BufferedRandom"):
         as_path("path", BufferedRandom.__new__(BufferedRandom))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s2attn.backends.triton.tiles import FORMS, SMALLEST, Tiles
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value, write_text
 from s2attn.schedule import CUTS
 
 SCHEMA = 1
@@ -103,12 +103,11 @@ def _row(row: dict[str, Any]) -> tuple[Situation, Tiles]:
     return situation, tiles
 
 
-def write_table(path: Path, device: str, rows: list[tuple[Situation, Tiles, dict[str, Any]]], facts: dict[str, Any]) -> None:
+def write_table(path: StrPath, device: str, rows: list[tuple[Situation, Tiles, dict[str, Any]]], facts: dict[str, Any]) -> None:
     """Write a whole table at once, with what was measured beside each row, so that a reader never finds half of it."""
+    path = as_path("path", path)
     listed = [{**asdict(situation), "tiles": asdict(tiles), **measured} for situation, tiles, measured in rows]
     text = json.dumps({"schema": SCHEMA, "device": device, **facts, "rows": listed}, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
-    half.write_text(text + "\n", encoding="utf-8")
-    half.replace(path)
+    write_text(path, text + "\n")
     read_table.cache_clear()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2attn.core import bad_value
+from s2attn.core import StrPath, as_path, bad_value
 from s2attn.lab.charts import new_figure, tokens
+from s2attn.lab.plot import save_figure
 from s2attn.lab.tasks.score import Scores
 
 
-def heat_map(found: Sequence[Scores], path: Path, *, title: str = "") -> Path:
+def heat_map(found: Sequence[Scores], path: StrPath, *, title: str = "") -> Path:
     """Draw the share of exact answers, a panel per task: lengths to the right, depths downward from the start of the context."""
+    path = as_path("path", path)
     if not found:
         raise bad_value("found", "must hold one score at least", "none")
     figure, axes = new_figure(len(found), width=1.4 + 0.8 * max(len(one.lengths) for one in found), height=3.6)
@@ -32,5 +34,5 @@ def heat_map(found: Sequence[Scores], path: Path, *, title: str = "") -> Path:
     if title:
         figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path

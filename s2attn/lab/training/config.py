@@ -7,10 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.core import StrPath, as_path, bad_kind, bad_value, check_int
 from s2attn.integrations.spec import read_spec
 from s2attn.lab.model import ModelConfig
 from s2attn.lab.train import TrainConfig
@@ -97,7 +96,7 @@ class JobConfig:
         return replace(self, model=replace(self.model, vocabulary=size))
 
 
-def read_config(path: Path | None, changes: Sequence[str] = ()) -> JobConfig:
+def read_config(path: StrPath | None, changes: Sequence[str] = ()) -> JobConfig:
     """The configuration in a file, with changes.
 
     Args:
@@ -110,6 +109,7 @@ def read_config(path: Path | None, changes: Sequence[str] = ()) -> JobConfig:
     >>> read_config(None, ["train.steps=20", "model.recipe=sink:4|window:64"]).model.recipe
     Recipe(Sink(n=4) | Window(n=64))
     """
+    path = None if path is None else as_path("path", path)
     tables: dict[str, Any] = {} if path is None else read_toml(path)
     for change in changes:
         name, equals, text = change.partition("=")
@@ -123,8 +123,9 @@ def read_config(path: Path | None, changes: Sequence[str] = ()) -> JobConfig:
     return config_of(tables)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: StrPath) -> dict[str, Any]:
     """The tables of a TOML file."""
+    path = as_path("path", path)
     if not path.is_file():
         raise bad_value("CONFIG", "must name a TOML file that exists", repr(str(path)))
     try:

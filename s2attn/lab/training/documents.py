@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2attn.core import bad_value, check_int
+from s2attn.core import StrPath, as_path, bad_value, check_int
 from s2attn.lab.data import EXCLUDED, is_validation, stdlib_files
 
 SPLITS = ("package", "file", "tail")
@@ -64,8 +64,9 @@ def read_documents(
     return Documents(tuple(train.values()), tuple(validation.values()), tuple(train), tuple(validation), len(files) - len(texts))
 
 
-def read_text(path: Path) -> str | None:
+def read_text(path: StrPath) -> str | None:
     """The text of a file; None where it is empty or binary."""
+    path = as_path("path", path)
     raw = path.read_bytes()
     if not raw.strip() or b"\x00" in raw:
         return None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_value, check_int
+from s2attn.core import StrPath, as_path, bad_value, check_int
 from s2attn.lab.data import END_OF_FILE, VOCABULARY
 from s2attn.lab.training.files import write_file
 
@@ -56,7 +56,8 @@ class Bytes:
     def decode(self, tokens: Iterable[int]) -> bytes:
         return bytes(tokens)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
+        folder = as_path("folder", folder)
         """Nothing has to be kept."""
 
 
@@ -87,8 +88,9 @@ class BytePairs:
         return cls._of(inner)
 
     @classmethod
-    def load(cls, path: Path) -> BytePairs:
+    def load(cls, path: StrPath) -> BytePairs:
         """The tokenizer that :meth:`save` wrote."""
+        path = as_path("path", path)
         from tokenizers import Tokenizer as Inner
 
         return cls._of(Inner.from_file(str(path)))
@@ -109,17 +111,20 @@ class BytePairs:
     def decode(self, tokens: Iterable[int]) -> bytes:
         return self.inner.decode(list(tokens), skip_special_tokens=False).encode()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
+        folder = as_path("folder", folder)
         write_file(folder / FILE, self.inner.to_str())
 
 
-def tokenizer_in(folder: Path) -> Tokenizer:
+def tokenizer_in(folder: StrPath) -> Tokenizer:
     """The tokenizer of a checkpoint: byte pairs where their file lies there, bytes elsewhere."""
+    folder = as_path("folder", folder)
     return BytePairs.load(folder / FILE) if (folder / FILE).is_file() else Bytes()
 
 
-def read_tokens(folder: Path, raw: bytes) -> list[int]:
+def read_tokens(folder: StrPath, raw: bytes) -> list[int]:
     """The contents of a text file in the tokens of the model in ``folder``."""
+    folder = as_path("folder", folder)
     tokenizer = tokenizer_in(folder)
     if isinstance(tokenizer, Bytes):  # any bytes will do
         return list(raw)
