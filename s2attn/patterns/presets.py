@@ -30,7 +30,11 @@ def power_attention(sink: int = 256, local: int = 5, base: int = 2, block: int =
 
 
 def streaming_llm(sink: int = 4, window: int = 1024) -> Pattern:
-    """StreamingLLM (arXiv:2309.17453): sink tokens and a sliding window."""
+    """StreamingLLM (arXiv:2309.17453): sink tokens and a sliding window.
+
+    It does not extend the context: positions stay absolute, where the paper counts them inside the cache (section 3.2), so that a
+    rotary model gets worse as soon as they pass its trained length.
+    """
     return Sink(sink) | Window(window)
 
 
