@@ -25,7 +25,7 @@ def step(sequences: list[int], begin: int, tokens: int) -> torch.Tensor:
 
 outs = [step([sequence], begin, CHUNK) for begin in range(0, PROMPT, CHUNK)]
 print(
-    f"after the prompt: {cache.bytes_used / 1e6:.1f} of {cache.bytes_allocated / 1e6:.1f} MB in use; a dense cache takes {cache.bytes_dense / 1e6:.1f} MB"
+    f"after the prompt: {cache.bytes_used / 1e6:.1f} of {cache.bytes_allocated / 1e6:.1f} MB in use; dense {cache.bytes_dense / 1e6:.1f} MB"
 )
 
 twin = cache.fork(sequence)  # a second continuation of the prompt costs nothing until it goes its own way

@@ -44,9 +44,7 @@ sequence, written = cache.open(), []
 for (token,) in s2attn.stream(model, prompts[:1], Sampling(40, temperature=0.9, seed=1), chunk=128, cache=cache, sequences=[sequence]):
     written.append(token.token)
 assert written == texts[0].new
-print(
-    f"cache: {cache.bytes_used / 1e3:.0f} of {cache.bytes_allocated / 1e3:.0f} kB in use, {cache.bytes_dense / 1e3:.0f} kB where all is kept"
-)
+print(f"cache: {cache.bytes_used / 1e3:.0f} of {cache.bytes_allocated / 1e3:.0f} kB in use; dense {cache.bytes_dense / 1e3:.0f} kB")
 assert cache.bytes_used < 0.75 * cache.bytes_dense  # one layer of three is dense
 
 # Two continuations of one text: a fork costs nothing until it goes its own way.

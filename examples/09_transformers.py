@@ -43,9 +43,7 @@ assert torch.equal(texts[0, -12:], alone[0, -12:])
 # The same texts from pages: what no later token reads is given back.
 past = PastKeyValues.for_model(model, max_tokens=640, sequences=2)
 assert torch.equal(model.generate(tokens, attention_mask=mask, past_key_values=past, **how), texts)
-print(
-    f"cache: {past.bytes_used / 1e3:.0f} of {past.bytes_allocated / 1e3:.0f} kB in use, {past.bytes_dense / 1e3:.0f} kB where all is kept"
-)
+print(f"cache: {past.bytes_used / 1e3:.0f} of {past.bytes_allocated / 1e3:.0f} kB in use; dense {past.bytes_dense / 1e3:.0f} kB")
 assert past.bytes_used < 0.75 * past.bytes_dense
 
 # The recipe is saved with the model, and the model says what it needs to be loaded.
