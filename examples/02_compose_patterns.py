@@ -15,7 +15,8 @@ for pattern in (s2, ranged, mixed, power):
     print(f"{pattern.digest}  {pattern}")
 
 assert power == preset("power_attention")
-assert s2 == preset("s2") == parse_pattern("local:16|stride:8")
+assert s2 == parse_pattern("local:16|stride:8")
+assert preset("s2") == Local(16) | Stride(8, offset="spread")  # as the original spreads few heads
 
 # A recipe says which layer uses which pattern.
 recipe = Recipe(default=s2, dense_layers=[0, 7])

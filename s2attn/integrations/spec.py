@@ -42,7 +42,10 @@ def read_spec(value: Any, *, num_layers: int, num_heads: int, num_kv_heads: int)
     if isinstance(value, (Recipe, Pattern)):
         value = to_spec(value)
     if isinstance(value, Mapping):
-        value = json.dumps(value, sort_keys=True)
+        try:
+            value = json.dumps(value, sort_keys=True)
+        except RecursionError:
+            raise bad_value(FIELD, "must be a recipe", "an object that nests too deep") from None
     if not isinstance(value, str):
         raise bad_kind(FIELD, "must be a recipe: an object, its JSON text, a Recipe or a Pattern", value)
     return _read(

@@ -38,6 +38,6 @@ def read_file(path: Path, name: str = "WHAT") -> Pattern | Recipe:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         is_recipe = "recipe" in json.loads(text)
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         is_recipe = False  # the pattern's reader says what is wrong
     return Recipe.from_json(text) if is_recipe else Pattern.from_json(text)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,12 @@ from s2attn.patterns.cells import Cells, Shape, View
 from s2attn.patterns.runs import Array
 
 FORMAT_VERSION = 1
+MOST_TOKENS = 2**31 - 1
+"""The largest number in a pattern: positions and block numbers stay within 32 bits."""
+MOST_PARTS = 4096
+"""Patterns inside one pattern, at all depths: what is built, printed or read takes time in their number."""
+MOST_DEPTH = 64
+"""Patterns inside patterns: far below what Python's stack allows."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,18 @@ class Pattern:
     """
 
     def __post_init__(self) -> None:
-        """Keep the canonical JSON as the plain attribute ``spec``: compilers read it as a constant. Subclasses call this last."""
+        """Bound the size, and keep the canonical JSON as the plain attribute ``spec``: compilers read it as a constant.
+
+        Subclasses call this last.
+        """
+        size = 1 + sum([getattr(part, "_size") for part in self.parts])  # noqa: B009  attributes, not fields, like ``spec``
+        depth = 1 + max([getattr(part, "_depth") for part in self.parts], default=0)  # noqa: B009
+        if size > MOST_PARTS:
+            raise bad_value("pattern", f"must be made of at most {MOST_PARTS} patterns", size)
+        if depth > MOST_DEPTH:
+            raise bad_value("pattern", f"must nest at most {MOST_DEPTH} deep", depth)
+        object.__setattr__(self, "_size", size)
+        object.__setattr__(self, "_depth", depth)
         object.__setattr__(self, "spec", canonical_json({"version": FORMAT_VERSION, "pattern": self.to_dict()}))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -128,7 +147,8 @@ class Pattern:
         return {"type": type(self).__name__, **self._fields()}
 
     @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Pattern:
+    def _from_fields(cls, fields: dict[str, Any], depth: int) -> Pattern:
+        """Build from JSON values; ``depth`` is what `pattern_from_dict` is to be told of patterns inside."""
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -176,7 +196,9 @@ def read_document(text: str, name: str) -> dict[str, Any]:
     """The JSON object under ``name`` of a versioned document."""
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, TypeError) as error:
+    except RecursionError:
+        raise bad_value(name, f"must nest at most {MOST_DEPTH} deep", f"{str(text)[:60]!r}") from None
+    except (ValueError, TypeError) as error:  # malformed, or a number with thousands of digits
         raise bad_value(name, "must be JSON", f"{str(text)[:60]!r} ({error})") from None
     if not isinstance(document, dict) or not isinstance(document.get(name), dict):
         raise bad_value(name, f'must be a JSON object {{"version": 1, "{name}": {{...}}}}', f"{str(text)[:60]!r}")
@@ -185,10 +207,12 @@ def read_document(text: str, name: str) -> dict[str, Any]:
     return document[name]
 
 
-def pattern_from_dict(data: Any) -> Pattern:
-    """Build a pattern from the values of `Pattern.to_dict`."""
+def pattern_from_dict(data: Any, depth: int = 1) -> Pattern:
+    """Build a pattern from the values of `Pattern.to_dict`; ``depth`` counts this pattern and those around it."""
+    if depth > MOST_DEPTH:
+        raise bad_value("pattern", f"must nest at most {MOST_DEPTH} deep", f"at least {depth}")
     if not isinstance(data, dict) or not isinstance(data.get("type"), str):
-        raise bad_value("pattern", 'must be an object with a "type"', repr(data)[:80])
+        raise bad_value("pattern", 'must be an object with a "type"', reprlib.repr(data))
     kind = KINDS.get(data["type"])
     if kind is None or kind.__name__ not in public_kinds():
         raise bad_value("pattern type", f"must be one of {', '.join(sorted(public_kinds()))}", repr(data["type"]))
@@ -198,9 +222,9 @@ def pattern_from_dict(data: Any) -> Pattern:
         if key not in known:
             raise bad_value(f"{kind.__name__} in JSON", f"must have only the fields {', '.join(sorted(known))}", repr(key))
     try:
-        return kind._from_fields(fields)
+        return kind._from_fields(fields, depth + 1)
     except (TypeError, KeyError) as error:
-        raise bad_value(f"{kind.__name__} in JSON", f"must be complete ({error})", repr(fields)[:80]) from None
+        raise bad_value(f"{kind.__name__} in JSON", f"must be complete ({error})", reprlib.repr(fields)) from None
 
 
 def public_kinds() -> Iterator[str]:
@@ -256,11 +280,11 @@ class _Joined(Pattern):
         return {"type": type(self).__name__, "of_parts": [part.to_dict() for part in self.of_parts]}
 
     @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Pattern:
+    def _from_fields(cls, fields: dict[str, Any], depth: int) -> Pattern:
         parts = fields["of_parts"]
         if not isinstance(parts, list) or not parts:
-            raise bad_value(f"{cls.__name__} in JSON", "must list of_parts", repr(parts)[:80])
-        return cls.of(*(pattern_from_dict(part) for part in parts))
+            raise bad_value(f"{cls.__name__} in JSON", "must list of_parts", reprlib.repr(parts))
+        return cls.of(*(pattern_from_dict(part, depth) for part in parts))
 
     def __repr__(self) -> str:
         return f" {self.sign} ".join(f"({part!r})" if isinstance(part, _Joined) else repr(part) for part in self.of_parts)
@@ -295,4 +319,33 @@ def head_number(heads: str, head: Head) -> tuple[int, int]:
 
 
 def check_layer(layer: object) -> int:
-    return check_int("layer", layer, 0)
+    return check_number("layer", layer, 0)
+
+
+def check_number(argument: str, value: object, minimum: int) -> int:
+    """`check_int` for the numbers of patterns, which are at most ``MOST_TOKENS``.
+
+    >>> check_number("Window n", 10**20, 1)
+    Traceback (most recent call last):
+    ...
+    ValueError: Window n must be at most 2147483647; got 100000000000000000000
+    """
+    number = check_int(argument, value, minimum)
+    if number > MOST_TOKENS:
+        raise bad_value(argument, f"must be at most {MOST_TOKENS}", shortened(number))
+    return number
+
+
+def shortened(number: int) -> str:
+    """A number in at most 40 characters; Python refuses to write out more than some thousands of digits."""
+    return str(number) if abs(number) < 10**40 else f"a number of {number.bit_length()} bits"
+
+
+def numbered(name: str, patterns: Any, depth: int = 1) -> dict[int, Pattern]:
+    """A JSON object whose keys are numbers of heads or layers and whose values are patterns."""
+    if not isinstance(patterns, dict):
+        raise bad_value(name, "must map numbers to patterns", reprlib.repr(patterns))
+    for key in patterns:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,9}", key):
+            raise bad_value(name, "must map numbers to patterns", f"the key {key[:40]!r}")
+    return {int(key): pattern_from_dict(pattern, depth) for key, pattern in patterns.items()}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from s2attn.core import bad_value, check_int
-from s2attn.patterns.base import Head, check_heads, head_number
+from s2attn.core import bad_value
+from s2attn.patterns.base import Head, check_heads, check_number, head_number
 from s2attn.patterns.cells import Shape
 from s2attn.patterns.grid import Grid, _check_grid
 from s2attn.patterns.runs import Array, Runs, repeat_ranges
+
+MOST_DRAWN = 256
+"""Blocks that `Random` may draw for a row: drawing without replacement takes time in the square of it."""
+_SHAPE = "must be a non-empty (q_blocks, k_blocks) or (masks, q_blocks, k_blocks) array of bools"
 
 
 @lru_cache(maxsize=64)
@@ -21,18 +26,51 @@ def _bits(rows: tuple[str, ...]) -> Array:
 
 
 def _texts(mask: Any) -> tuple[tuple[str, ...], ...]:
-    """A block mask, given as arrays, nested lists or strings of 0 and 1, as one tuple of strings per head."""
+    """A block mask, given as an array of bools, nested lists of them, or rows like "0110", as one tuple of texts per head."""
+    mask = _plain(mask, 3)
+    first = mask[0] if isinstance(mask, (list, tuple)) and mask else None
+    nested = isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], (list, tuple, str))
+    heads = mask if nested else [mask]
+    texts = tuple(tuple(_text(row) for row in _listed(head)) for head in heads)
+    shapes = {(len(head), len(row)) for head in texts for row in head}
+    if len(shapes) != 1 or 0 in next(iter(shapes)) or len({len(head) for head in texts}) != 1:
+        raise bad_value("Blocks mask", f"{_SHAPE}, the same for every head and row", reprlib.repr(mask))
+    return texts
+
+
+def _plain(mask: Any, axes: int) -> Any:
+    """``mask`` with the arrays in its outer ``axes`` axes as lists."""
     if hasattr(mask, "tolist"):
-        mask = mask.tolist()
-    if not isinstance(mask, (list, tuple)) or not mask:
-        raise bad_value("Blocks mask", "must be a non-empty (q_blocks, k_blocks) or (heads, q_blocks, k_blocks) array of bools", repr(mask))
-    if isinstance(mask[0], str) or not isinstance(mask[0][0], (list, tuple, str)):
-        mask = [mask]
-    heads = tuple(tuple(row if isinstance(row, str) else "".join("1" if x else "0" for x in row) for row in head) for head in mask)
-    shapes = {(len(head), len(row)) for head in heads for row in head}
-    if len(shapes) != 1 or 0 in next(iter(shapes)) or any(set(row) - {"0", "1"} for head in heads for row in head):
-        raise bad_value("Blocks mask", "must be rectangular and hold only 0 and 1", sorted(shapes))
-    return heads
+        dtype = str(getattr(mask, "dtype", "")).rpartition(".")[2]
+        if dtype != "bool":
+            raise _no_bools(f"an array of {dtype or type(mask).__name__}")
+        return mask.tolist()
+    if isinstance(mask, (list, tuple)) and axes:
+        return [_plain(entry, axes - 1) for entry in mask]
+    return mask
+
+
+def _listed(entries: Any) -> Any:
+    if not isinstance(entries, (list, tuple)):
+        raise bad_value("Blocks mask", _SHAPE, reprlib.repr(entries))
+    return entries
+
+
+def _text(row: Any) -> str:
+    if isinstance(row, str):
+        if set(row) - {"0", "1"}:
+            raise bad_value("Blocks mask", "as text must hold only 0 and 1", reprlib.repr(row))
+        return row
+    for entry in _listed(row):
+        if not isinstance(entry, bool):
+            raise _no_bools(reprlib.repr(entry))
+    return "".join("1" if entry else "0" for entry in row)
+
+
+def _no_bools(came: str) -> TypeError:
+    """Numbers may mean anything: 0 keeps a block in an additive mask and drops it in a mask of zeros and ones."""
+    how = "mask == 0 of an additive mask, mask == 1 of zeros and ones, scores > threshold of scores"
+    return TypeError(f"Blocks mask must hold bools, True where a block is seen ({how}); got {came}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,12 +78,17 @@ class Blocks(Grid):
     """Any block mask: block-sparse FlashAttention's pattern (arXiv:2205.14135, section 3.3).
 
     Args:
-        mask: ``(q_blocks, k_blocks)`` or ``(heads, q_blocks, k_blocks)`` of bools, as an array, nested lists, or rows like "0110".
-            Rows count query blocks by absolute position. Blocks outside of the mask are not seen.
+        mask: ``(q_blocks, k_blocks)`` or ``(masks, q_blocks, k_blocks)`` of bools, as an array, nested lists, or
+            rows like "0110". Rows count query blocks by absolute position. Blocks outside of the mask are not
+            seen. The number of masks divides that of the heads: each serves as many consecutive heads.
         block: tokens per block of the mask.
-        heads: whether the mask's heads are the "kv" or the "query" heads.
+        heads: whether the masks are for the "kv" or the "query" heads.
 
-    >>> Blocks([[1, 0], [1, 1]])
+    Raises:
+        TypeError: numbers in place of bools; an additive mask, scores or a table of indices would mean something else.
+        ValueError: any other shape, or in a call a number of masks that does not divide the heads.
+
+    >>> Blocks([[True, False], [True, True]])
     Blocks(['10', '11'], block=64)
     """
 
@@ -67,9 +110,10 @@ class Blocks(Grid):
         if len(self.mask) == 1:
             return self if self.heads == "kv" else replace(self, heads="kv")
         number, total = head_number(self.heads, head)
-        if total != len(self.mask):
-            raise bad_value("Blocks mask", f"must have 1 head or as many as the call has {self.heads} heads ({total})", len(self.mask))
-        return Blocks([list(self.mask[number])], self.block)
+        if total % len(self.mask):
+            rule = f"must hold masks whose number divides the {self.heads} heads of the call ({total})"
+            raise bad_value("Blocks mask", rule, f"{len(self.mask)} masks")
+        return Blocks([list(self.mask[number * len(self.mask) // total])], self.block)
 
     def sees(self, q_block: Array, k_block: Array, shape: Shape) -> Array:
         bits = _bits(self.mask[0])
@@ -126,8 +170,10 @@ class Random(Grid):
 
     def __post_init__(self) -> None:
         if self.head is not None:
-            object.__setattr__(self, "head", check_int("Random head", self.head, 0))
+            object.__setattr__(self, "head", check_number("Random head", self.head, 0))
         _check_grid(self, n=1, seed=0)
+        if self.n > MOST_DRAWN:
+            raise bad_value("Random n", f"must be at most {MOST_DRAWN}", self.n)
         check_heads(self.heads)
         super().__post_init__()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.patterns.base import Head, Pattern, check_heads, head_number, pattern_from_dict
+from s2attn.core import bad_kind, bad_value
+from s2attn.patterns.base import Head, Pattern, check_heads, check_number, head_number, numbered, pattern_from_dict
 from s2attn.patterns.cells import Cells, Shape, View
 from s2attn.patterns.runs import Array
 from s2attn.patterns.token import Dense, _Band
@@ -18,10 +19,10 @@ from s2attn.patterns.token import Dense, _Band
 
 def _checked_range(entry: Any) -> tuple[int, int | None, Pattern]:
     if not isinstance(entry, Sequence) or len(entry) != 3:
-        raise bad_value("ByRange ranges", "must be (start, end, pattern) triples", repr(entry))
+        raise bad_value("ByRange ranges", "must be (start, end, pattern) triples", reprlib.repr(entry))
     start, end, pattern = entry
-    start = check_int("ByRange start", start, 0)
-    end = None if end is None else check_int("ByRange end", end, start + 1)
+    start = check_number("ByRange start", start, 0)
+    end = None if end is None else check_number("ByRange end", end, start + 1)
     if not isinstance(pattern, Pattern):
         raise bad_kind("ByRange pattern", "must be a Pattern", pattern)
     return start, end, pattern
@@ -44,7 +45,7 @@ class ByRange(Pattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranges, Sequence) or not self.ranges:
-            raise bad_value("ByRange ranges", "must be a non-empty list of (start, end, pattern)", repr(self.ranges))
+            raise bad_value("ByRange ranges", "must be a non-empty list of (start, end, pattern)", reprlib.repr(self.ranges))
         ranges = tuple(_checked_range(entry) for entry in self.ranges)
         for (_, end, _), (start, _, _) in pairwise(ranges):
             if end is None or start < end:
@@ -87,11 +88,11 @@ class ByRange(Pattern):
         return {"type": "ByRange", "ranges": [[start, end, pattern.to_dict()] for start, end, pattern in self.ranges]}
 
     @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Pattern:
+    def _from_fields(cls, fields: dict[str, Any], depth: int) -> Pattern:
         ranges = fields["ranges"]
         if not isinstance(ranges, list) or not all(isinstance(entry, list) and len(entry) == 3 for entry in ranges):
-            raise bad_value("ByRange in JSON", "must list [start, end, pattern] triples", repr(ranges)[:80])
-        return cls(tuple((start, end, pattern_from_dict(pattern)) for start, end, pattern in ranges))
+            raise bad_value("ByRange in JSON", "must list [start, end, pattern] triples", reprlib.repr(ranges))
+        return cls(tuple((start, end, pattern_from_dict(pattern, depth)) for start, end, pattern in ranges))
 
     def __repr__(self) -> str:
         return f"ByRange({list(self.ranges)!r})"
@@ -122,9 +123,9 @@ class PerHead(Pattern):
         for value in (*given.values(), self.default):
             if not isinstance(value, Pattern):
                 raise bad_kind("PerHead pattern", "must be a Pattern", value)
-        numbered = [(check_int("PerHead head", head, 0), pattern) for head, pattern in given.items()]
-        numbered.sort(key=lambda pair: pair[0])
-        object.__setattr__(self, "patterns", tuple(numbered))
+        pairs = [(check_number("PerHead head", head, 0), pattern) for head, pattern in given.items()]
+        pairs.sort(key=lambda pair: pair[0])
+        object.__setattr__(self, "patterns", tuple(pairs))
         check_heads(self.heads)
         super().__post_init__()
 
@@ -147,12 +148,10 @@ class PerHead(Pattern):
         return {"type": "PerHead", "patterns": patterns, "default": self.default.to_dict(), "heads": self.heads}
 
     @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Pattern:
-        patterns, default = fields["patterns"], fields.get("default", Dense().to_dict())
-        if not isinstance(patterns, dict) or not all(key.isdecimal() for key in patterns):
-            raise bad_value("PerHead in JSON", "must map head numbers to patterns", repr(patterns)[:80])
-        made = {int(head): pattern_from_dict(pattern) for head, pattern in patterns.items()}
-        return cls(made, pattern_from_dict(default), fields.get("heads", "kv"))
+    def _from_fields(cls, fields: dict[str, Any], depth: int) -> Pattern:
+        patterns = numbered("PerHead in JSON", fields["patterns"], depth)
+        default = pattern_from_dict(fields.get("default", Dense().to_dict()), depth)
+        return cls(patterns, default, fields.get("heads", "kv"))
 
     def __repr__(self) -> str:
         heads = "" if self.heads == "kv" else f", heads={self.heads!r}"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from s2attn.core import bad_kind, check_block, check_int
-from s2attn.patterns.base import Head, Pattern, check_heads, head_number
+from s2attn.core import bad_kind, bad_value, check_block
+from s2attn.patterns.base import MOST_TOKENS, Head, Pattern, check_heads, check_number, head_number
 from s2attn.patterns.cells import Cells, Shape, View, grid_cells
 from s2attn.patterns.runs import Array, Runs
 
@@ -62,7 +62,7 @@ class Grid(Pattern):
 def _check_grid(pattern: Pattern, **minimum: int) -> None:
     for name, least in minimum.items():
         value = getattr(pattern, name)
-        object.__setattr__(pattern, name, check_int(f"{type(pattern).__name__} {name}", value, least))
+        object.__setattr__(pattern, name, check_number(f"{type(pattern).__name__} {name}", value, least))
     object.__setattr__(pattern, "block", check_block(f"{type(pattern).__name__} block", getattr(pattern, "block")))  # noqa: B009
 
 
@@ -89,17 +89,25 @@ class Local(Grid):
         return Runs.intervals(q_block - self.n + 1, last, self.limit(shape))
 
 
+OFFSETS = ("head", "spread")
+"""How `Stride` may differ by head, in words."""
+
+
 @dataclass(frozen=True)
 class Stride(Grid):
     """Key blocks j with ``(j + offset) % stride == 0``, at absolute positions (S2-Attention, arXiv:2407.17678, section 3).
 
     ``offset="head"`` spreads the heads over the residues: head h of layer l among n heads takes ``l * n + h``, so the union of the heads
-    covers every block whenever n >= stride, and when heads are fewer, each layer continues where the last one stopped. An integer
-    gives all heads the same blocks. ``shift`` is added to the head's offset. ``heads`` says which heads are counted: "kv" (a group
-    shares its keys, so the cache can shrink) or "query".
+    covers every block whenever n >= stride, and when heads are fewer, each layer continues where the last one stopped.
+    ``offset="spread"`` is the rule of the original code: head h takes ``h * max(1, stride // n)`` in
+    every layer, so that few heads lie evenly apart. An integer gives all heads the same blocks. ``shift`` is
+    added to the head's offset. ``heads`` says which heads are counted: "kv" (a group shares its keys, so the
+    cache can shrink) or "query".
 
     >>> Stride(8).at(Head(query=3, num_heads=4, num_kv_heads=4))
     Stride(stride=8, offset=3, shift=0, block=64, heads='kv')
+    >>> [Stride(8, offset="spread").at(Head(query=h, num_heads=2, num_kv_heads=2)).offset for h in range(2)]
+    [0, 4]
     """
 
     stride: int
@@ -109,21 +117,25 @@ class Stride(Grid):
     heads: str = "kv"
 
     def __post_init__(self) -> None:
-        if self.offset != "head":
-            object.__setattr__(self, "offset", check_int('Stride offset, when not "head",', self.offset, 0))
+        if self.offset not in OFFSETS:
+            object.__setattr__(self, "offset", check_number('Stride offset, when not "head" or "spread",', self.offset, 0))
         _check_grid(self, stride=1, shift=0)
         check_heads(self.heads)
         super().__post_init__()
 
     @property
     def per_query_head(self) -> bool:
-        return self.heads == "query" and self.offset == "head"
+        return self.heads == "query" and isinstance(self.offset, str)
 
     def at(self, head: Head) -> Pattern:
-        if self.offset != "head":
+        if isinstance(self.offset, int):
             return self if self.heads == "kv" else replace(self, heads="kv")
         number, total = head_number(self.heads, head)
-        return replace(self, offset=(head.layer * total + number + self.shift) % self.stride, shift=0, heads="kv")
+        if self.offset == "head":
+            offset = head.layer * total + number
+        else:
+            offset = number * max(1, self.stride // total)
+        return replace(self, offset=(offset + self.shift) % self.stride, shift=0, heads="kv")
 
     @property
     def _residue(self) -> int:
@@ -193,7 +205,7 @@ class Dilated(Grid):
 
     def __post_init__(self) -> None:
         if self.n is not None:
-            object.__setattr__(self, "n", check_int("Dilated n", self.n, 1))
+            object.__setattr__(self, "n", check_number("Dilated n", self.n, 1))
         _check_grid(self, dilation=1)
         super().__post_init__()
 
@@ -228,7 +240,10 @@ class LongNet(Grid):
     def __post_init__(self) -> None:
         _check_grid(self, segment=1, levels=1)
         if self.segment & (self.segment - 1):
-            raise ValueError(f"LongNet segment must be a power of two; got {self.segment}")
+            raise bad_value("LongNet segment", "must be a power of two", self.segment)
+        if self.levels > 31 or self.segment << (self.levels - 1) > MOST_TOKENS:
+            rule = f"must be so few that segment * 2 ** (levels - 1) is at most {MOST_TOKENS} blocks"
+            raise bad_value("LongNet levels", rule, self.levels)
         super().__post_init__()
 
     def sees(self, q_block: Array, k_block: Array, shape: Shape) -> Array:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from s2attn.core import bad_value
-from s2attn.patterns.base import KINDS, And, Or, Pattern, public_kinds
+from s2attn.patterns.base import KINDS, MOST_DEPTH, And, Or, Pattern, public_kinds
 
+MOST_TEXT = 10_000
+"""Characters of an expression."""
 _TOKEN = re.compile(r"\s*(?:(?P<sign>[|&()])|(?P<atom>[A-Za-z_]\w*(?::[^|&()\s]*)?))")
 _WRITABLE = ("Dense", "Local", "Window", "Sink", "Global", "Stride", "Power", "Dilated", "LongNet", "Random")
 
@@ -21,65 +24,87 @@ def parse_pattern(text: str) -> Pattern:
             Arguments stand in the order of the pattern's fields or carry their name.
 
     Raises:
-        ValueError: naming the word that is not understood.
+        ValueError: naming the word that is not understood; an expression that is too long or nests too deep.
 
     >>> parse_pattern("local:16|stride:8,offset=2")
     Local(n=16, block=64) | Stride(stride=8, offset=2, shift=0, block=64, heads='kv')
     """
     if not isinstance(text, str) or not text.strip():
-        raise bad_value("pattern", "must be an expression such as 'local:16|stride:8'", repr(text))
-    tokens = _tokens(text)
-    pattern, rest = _either(tokens, text)
-    if rest:
-        raise bad_value("pattern", "must join its parts with | or &", f"{rest[0]!r} in {text!r}")
-    return pattern
+        raise bad_value("pattern", "must be an expression such as 'local:16|stride:8'", repr(text)[:80])
+    if len(text) > MOST_TEXT:
+        raise bad_value("pattern", f"must be an expression of at most {MOST_TEXT} characters", f"{len(text)} characters")
+    return _Reader(_tokens(text), text).whole()
 
 
 def _tokens(text: str) -> list[str]:
-    tokens, at = [], 0
-    while text[at:].strip():
+    tokens, at, end = [], 0, len(text.rstrip())
+    while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
-            raise bad_value("pattern", "must be made of names, numbers, | & and parentheses", f"{text[at:].strip()!r} in {text!r}")
+            came = f"{shown(text[at:].strip())} in {shown(text)}"
+            raise bad_value("pattern", "must be made of names, numbers, | & and parentheses", came)
         tokens.append(match["sign"] or match["atom"])
         at = match.end()
     return tokens
 
 
-def _either(tokens: list[str], text: str) -> tuple[Pattern, list[str]]:
-    part, rest = _both(tokens, text)
-    parts = [part]
-    while rest and rest[0] == "|":
-        part, rest = _both(rest[1:], text)
-        parts.append(part)
-    return Or.of(*parts), rest
+@dataclass(eq=False)
+class _Reader:
+    """Reads tokens from left to right: a pattern is parts joined with ``|``, such a part parts joined with ``&``."""
+
+    tokens: list[str]
+    text: str
+    at: int = 0
+
+    def whole(self) -> Pattern:
+        pattern = self.either(1)
+        if self.at < len(self.tokens):
+            came = f"{self.tokens[self.at]!r} in {shown(self.text)}"
+            raise bad_value("pattern", "must join its parts with | or &", came)
+        return pattern
+
+    def takes(self, sign: str) -> bool:
+        """Whether the next token is ``sign``, which is then read."""
+        found = self.tokens[self.at : self.at + 1] == [sign]
+        self.at += found
+        return found
+
+    def either(self, depth: int) -> Pattern:
+        parts = [self.both(depth)]
+        while self.takes("|"):
+            parts.append(self.both(depth))
+        return Or.of(*parts)
+
+    def both(self, depth: int) -> Pattern:
+        parts = [self.single(depth)]
+        while self.takes("&"):
+            parts.append(self.single(depth))
+        return And.of(*parts)
+
+    def single(self, depth: int) -> Pattern:
+        if depth > MOST_DEPTH:
+            raise bad_value("pattern", f"must nest at most {MOST_DEPTH} deep", shown(self.text))
+        if self.takes("("):
+            inner = self.either(depth + 1)
+            if not self.takes(")"):
+                raise bad_value("pattern", "must close every parenthesis", shown(self.text))
+            return inner
+        if self.at == len(self.tokens) or self.tokens[self.at] in "|&)":
+            raise bad_value("pattern", "must have a pattern on both sides of | and &", shown(self.text))
+        self.at += 1
+        return _atom(self.tokens[self.at - 1])
 
 
-def _both(tokens: list[str], text: str) -> tuple[Pattern, list[str]]:
-    part, rest = _single(tokens, text)
-    parts = [part]
-    while rest and rest[0] == "&":
-        part, rest = _single(rest[1:], text)
-        parts.append(part)
-    return And.of(*parts), rest
-
-
-def _single(tokens: list[str], text: str) -> tuple[Pattern, list[str]]:
-    if not tokens or tokens[0] in "|&)":
-        raise bad_value("pattern", "must have a pattern on both sides of | and &", repr(text))
-    if tokens[0] != "(":
-        return _atom(tokens[0]), tokens[1:]
-    inner, rest = _either(tokens[1:], text)
-    if not rest or rest[0] != ")":
-        raise bad_value("pattern", "must close every parenthesis", repr(text))
-    return inner, rest[1:]
+def shown(text: str) -> str:
+    """A text in quotation marks, its middle left out where it is long."""
+    return repr(text) if len(text) <= 80 else f"{text[:40]!r} ... {text[-30:]!r}"
 
 
 def _atom(word: str) -> Pattern:
     name, _, arguments = word.partition(":")
     kinds = {kind.lower(): KINDS[kind] for kind in public_kinds() if kind in _WRITABLE}
     if name.lower() not in kinds:
-        raise bad_value("pattern name", f"must be one of {', '.join(kinds)}", repr(name))
+        raise bad_value("pattern name", f"must be one of {', '.join(kinds)}", shown(name))
     kind = kinds[name.lower()]
     fields = [field.name for field in dataclasses.fields(kind)]
     given: dict[str, Any] = {}
@@ -87,21 +112,21 @@ def _atom(word: str) -> Pattern:
         key, equals, value = argument.rpartition("=")
         field = key if equals else (fields[i] if i < len(fields) else "")
         if field not in fields or field in given:
-            raise bad_value(f"{name} argument", f"must be one of {', '.join(fields)}, once each", repr(argument))
+            raise bad_value(f"{name} argument", f"must be one of {', '.join(fields)}, once each", shown(argument))
         given[field] = _value(value, f"{name} {field}")
     try:
         return kind(**given)
     except TypeError as error:
         if "required positional" not in str(error):
             raise
-        raise bad_value(name, f"must have its {fields[0]}, as in {name}:8", repr(word)) from None
+        raise bad_value(name, f"must have its {fields[0]}, as in {name}:8", shown(word)) from None
 
 
 def _value(text: str, argument: str) -> Any:
-    if re.fullmatch(r"-?\d+", text):
+    if re.fullmatch(r"-?[0-9]{1,20}", text):
         return int(text)
     if text.lower() == "none":
         return None
     if re.fullmatch(r"[a-z]+", text):
         return text
-    raise bad_value(argument, "must be a number or a word", repr(text))
+    raise bad_value(argument, "must be a number of at most 20 digits or a word", shown(text))

@@ -7,7 +7,6 @@ from typing import Any
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.patterns.base import Pattern
-from s2attn.patterns.compose import PerHead
 from s2attn.patterns.grid import Local, Stride
 
 MODEL_TYPE = "phi3small"
@@ -31,10 +30,7 @@ def sparse_pattern(config: Any) -> Pattern:
         raise bad_kind("blocksparse_homo_head_pattern", "must be True or False", alike)
     if alike:
         return local | Stride(stride, offset=1, block=block)
-    if heads % stride == 0:  # the heads go through the residues some whole times, so that every layer is like the first
-        return local | Stride(stride, shift=1, block=block, heads="query")
-    step = max(1, stride // heads)
-    return PerHead({h: local | Stride(stride, offset=(h * step + 1) % stride, block=block) for h in range(heads)}, heads="query")
+    return local | Stride(stride, offset="spread", shift=1, block=block, heads="query")
 
 
 def dense_every(config: Any) -> int | None:

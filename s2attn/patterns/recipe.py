@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from s2attn.core import bad_kind, bad_value, check_int
+from s2attn.core import bad_kind, bad_value
 from s2attn.patterns import phi3small
-from s2attn.patterns.base import FORMAT_VERSION, Pattern, check_layer, pattern_from_dict, read_document
+from s2attn.patterns.base import (
+    FORMAT_VERSION,
+    MOST_PARTS,
+    Pattern,
+    check_layer,
+    check_number,
+    numbered,
+    pattern_from_dict,
+    read_document,
+)
 from s2attn.patterns.token import Dense
 
 
@@ -41,13 +52,16 @@ class Recipe:
             raise bad_kind("Recipe dense_layers", "must be a list of layer numbers", self.dense_layers)
         if not isinstance(self.layers, (Mapping, tuple)):
             raise bad_kind("Recipe layers", "must map layer numbers to patterns", self.layers)
-        dense = sorted({check_int("Recipe dense_layers", layer, 0) for layer in self.dense_layers})
-        own = {check_int("Recipe layers", layer, 0): pattern for layer, pattern in dict(self.layers).items()}
+        listed = list(islice(self.dense_layers, MOST_PARTS + 1))
+        if max(len(listed), len(self.layers)) > MOST_PARTS:
+            raise bad_value("Recipe", f"must name at most {MOST_PARTS} layers", "more")
+        dense = sorted({check_number("Recipe dense_layers", layer, 0) for layer in listed})
+        own = {check_number("Recipe layers", layer, 0): pattern for layer, pattern in dict(self.layers).items()}
         for pattern in own.values():
             if not isinstance(pattern, Pattern):
                 raise bad_kind("Recipe layers", "must map layer numbers to patterns", pattern)
         if self.dense_every is not None:
-            object.__setattr__(self, "dense_every", check_int("Recipe dense_every", self.dense_every, 1))
+            object.__setattr__(self, "dense_every", check_number("Recipe dense_every", self.dense_every, 1))
         object.__setattr__(self, "dense_layers", tuple(dense))
         object.__setattr__(self, "layers", tuple(sorted(own.items(), key=lambda pair: pair[0])))
 
@@ -74,12 +88,9 @@ class Recipe:
         known = {"default", "dense_layers", "layers", "dense_every"}
         if not isinstance(data, dict) or "default" not in data or set(data) - known:
             raise bad_value(
-                "recipe", f"must be an object with default and, at will, {', '.join(sorted(known - {'default'}))}", repr(data)[:80]
+                "recipe", f"must be an object with default and, at will, {', '.join(sorted(known - {'default'}))}", reprlib.repr(data)
             )
-        layers = data.get("layers", {})
-        if not isinstance(layers, dict) or not all(key.isdecimal() for key in layers):
-            raise bad_value("recipe layers", "must map layer numbers to patterns", repr(layers)[:80])
-        own = {int(layer): pattern_from_dict(pattern) for layer, pattern in layers.items()}
+        own = numbered("recipe layers", data.get("layers", {}))
         return cls(pattern_from_dict(data["default"]), data.get("dense_layers", ()), own, data.get("dense_every"))
 
     def to_json(self) -> str:
@@ -106,7 +117,7 @@ class Recipe:
         >>> heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "dense_attention_every_n_layers": 2}
         >>> blocks = {"block_size": 64, "num_local_blocks": 16, "vert_stride": 8, "homo_head_pattern": False}
         >>> Recipe.from_phi3small({**heads, **{f"blocksparse_{name}": value for name, value in blocks.items()}})
-        Recipe(Local(n=16, block=64) | Stride(stride=8, offset='head', shift=1, block=64, heads='query'), dense_every=2)
+        Recipe(Local(n=16, block=64) | Stride(stride=8, offset='spread', shift=1, block=64, heads='query'), dense_every=2)
         """
         phi3small.check_model_type(config)
         return cls(phi3small.sparse_pattern(config), dense_every=phi3small.dense_every(config))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from s2attn.core import check_int
-from s2attn.patterns.base import Pattern
+from s2attn.patterns.base import MOST_TOKENS, Pattern, check_number
 from s2attn.patterns.cells import Cells, Shape, View, distance_cells, key_cells
 from s2attn.patterns.runs import Array
 
@@ -38,6 +38,8 @@ class _Band(Pattern):
 
 
 CAUSAL = _Band(0, None)
+FAR = 2 * MOST_TOKENS
+"""A position behind every sequence."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Window(Pattern):
     n: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", check_int("Window n", self.n, 1))
+        object.__setattr__(self, "n", check_number("Window n", self.n, 1))
         super().__post_init__()
 
     def _bands(self, causal: bool) -> _Band:
@@ -90,7 +92,7 @@ class Sink(Pattern):
     n: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", check_int("Sink n", self.n, 1))
+        object.__setattr__(self, "n", check_number("Sink n", self.n, 1))
         super().__post_init__()
 
     def _allowed(self, q: Array, k: Array, shape: Shape) -> Array:
@@ -105,25 +107,45 @@ class Sink(Pattern):
 
 @dataclass(frozen=True)
 class Global(Pattern):
-    """The first ``n`` tokens are seen by all, and see all (Longformer, arXiv:2004.05150, section 3.1; BigBird's global tokens).
+    """The first ``n`` tokens are seen by all, and see all (Longformer, arXiv:2004.05150, section 3.1).
 
-    When the call is causal this is `Sink`.
+    ``last`` adds the last tokens of the sequence, as BigBird does (arXiv:2007.14062, section 2). They have no
+    effect when the call is causal, where nobody sees them and a token must not change its keys once it is no
+    longer the last: a causal ``Global`` is `Sink`.
+
+    >>> from s2attn.patterns import Shape
+    >>> Global(1, last=1).allowed([[1], [3]], [0, 1, 2, 3], Shape(seqlen_k=4, causal=False)).tolist()
+    [[True, False, False, True], [True, True, True, True]]
     """
 
     n: int
+    last: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", check_int("Global n", self.n, 1))
+        object.__setattr__(self, "n", check_number("Global n", self.n, 1))
+        object.__setattr__(self, "last", check_number("Global last", self.last, 0))
         super().__post_init__()
 
+    def _tail(self, shape: Shape) -> int:
+        """The position of the first of the ``last`` tokens; none is as far when they have no effect."""
+        return max(0, shape.seqlen_k - self.last) if self.last and not shape.causal else FAR
+
     def _allowed(self, q: Array, k: Array, shape: Shape) -> Array:
-        return (k < self.n) | (q < self.n)
+        tail = self._tail(shape)
+        return (k < self.n) | (q < self.n) | (k >= tail) | (q >= tail)
 
     def cells(self, view: View) -> Cells:
-        end = view.num_blocks - 1
-        full = view.intervals(np.zeros(view.rows), np.where(view.q_hi < self.n, end, -1))
-        cover = view.intervals(np.zeros(view.rows), np.where(view.q_lo < self.n, end, -1))
+        tail, end = self._tail(view.shape), view.num_blocks - 1
+        zero = np.zeros(view.rows, dtype=np.int64)
+        first = np.where((view.q_hi < self.n) | (view.q_lo >= tail), 0, -(-tail // view.block))
+        touched = np.where((view.q_lo < self.n) | (view.q_hi >= tail), 0, tail // view.block)
+        full, cover = view.intervals(first, zero + end), view.intervals(touched, zero + end)
         return key_cells(view, self.n) | Cells(full, cover - full)
 
     def signature(self, q_lo: Array, k_lo: Array, block: int, shape: Shape) -> list[Array]:
-        return [np.clip(self.n - k_lo, 0, block), np.clip(self.n - q_lo, 0, block)]
+        edges = (self.n, self._tail(shape))
+        return [np.clip(edge - lo, 0, block) for edge in edges for lo in (k_lo, q_lo)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without ``last`` where there is none, so that the text and digest of such a pattern stay the same."""
+        return {"type": "Global", "n": self.n} | ({"last": self.last} if self.last else {})

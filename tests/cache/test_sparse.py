@@ -18,7 +18,7 @@ SMALL = {
     "duo_attention": {"sink": 5, "window": 30},
     "longnet": {"segment": 2, "levels": 3, "block": 16},
     "longformer": {"window": 40, "global_tokens": 7},
-    "bigbird": {"window": 2, "random": 2, "global_blocks": 1, "block": 16},
+    "bigbird": {"window": 3, "random": 2, "global_blocks": 2, "block": 16},
 }
 SHAPE = {"num_kv_heads": 2, "head_dim": 8, "page_size": 16, "dtype": torch.float32, "max_tokens": 512}
 S2 = Local(2, 16) | Stride(3, block=16)

@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, int]] = {
     "duo_attention": {"sink": 5, "window": 30},
     "longnet": {"segment": 2, "levels": 3, "block": 16},
     "longformer": {"window": 30, "global_tokens": 20},
-    "bigbird": {"window": 2, "random": 2, "global_blocks": 1, "block": 16},
+    "bigbird": {"window": 3, "random": 2, "global_blocks": 2, "block": 16},
 }
 RANGED = ByRange([(0, 40, Dense()), (40, 150, Stride(2, block=16)), (150, None, Stride(5, block=16))])
 GROUPS: dict[tuple[int, ...], Any] = {}
