@@ -242,13 +242,15 @@ def suggest_recipe(
     texts: Annotated[int, TEXTS] = 1,
     last: Annotated[int | None, LAST] = None,
     device: Annotated[str, DEVICE] = "cpu",
+    depths: Annotated[int, typer.Option(help="Needles to hide in the text and ask for; 0 for none.")] = 4,
     out: Annotated[Path | None, typer.Option(help="JSON file for the recipe.")] = None,
 ) -> None:
     """Which heads of a trained model can do with sinks and a window, within a measured loss?"""
     with clear_errors():
         from s2attn.cli.probe import Reading, show_suggestion
 
-        show_suggestion(model, budget, Reading(text, length, texts, last, device), sink=sink, window=window, by=by, out=out)
+        reading = Reading(text, length, texts, last, device)
+        show_suggestion(model, budget, reading, sink=sink, window=window, by=by, depths=depths, out=out)
 
 
 @bench_app.command()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
 from s2attn.core import Unsupported, bad_value, check_int
-from s2attn.lab.compare import NeedsTraining, compare
+from s2attn.lab.compare import NeedsTraining, Progress, compare
 from s2attn.lab.suggest import suggest
 
 
@@ -35,7 +39,8 @@ def show_comparison(folder: Path, recipe: str, reading: Reading, *, as_json: boo
     model, tokens = opened(folder, reading)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NeedsTraining)  # they are printed
-        found = compare(model, chosen, tokens, last=reading.last)
+        with shown_progress() as progress:
+            found = compare(model, chosen, tokens, last=reading.last, progress=progress)
     if as_json:
         print(json.dumps(found.to_dict()))
         return
@@ -46,18 +51,35 @@ def show_comparison(folder: Path, recipe: str, reading: Reading, *, as_json: boo
     screen.print(table(found.lines(), right_from=2))
 
 
-def show_suggestion(folder: Path, budget: float, reading: Reading, *, sink: int, window: int, by: str, out: Path | None) -> None:
+def show_suggestion(
+    folder: Path, budget: float, reading: Reading, *, sink: int, window: int, by: str, depths: int, out: Path | None
+) -> None:
     """Print which layers or heads of a saved model can be sparse, and perhaps write the recipe."""
     model, tokens = opened(folder, reading)
-    found = suggest(model, tokens, budget, sink=sink, window=window, by=by, last=reading.last)
+    how: dict[str, Any] = {"sink": sink, "window": window, "by": by, "last": reading.last}
+    with shown_progress() as progress:
+        found = suggest(model, tokens, budget, **how, tokenizer=tokenizer_of(folder), depths=depths, progress=progress)
     screen = console()
     screen.print(found.sentence(), markup=False)
-    for note in (*found.left, *found.comparison.notes):
+    for note in found.notes():
         screen.print(f"- {note}", style="yellow", markup=False)
     screen.print(table(found.lines()))
     if out is not None:
         out.write_text(found.recipe.to_json())
         screen.print(f"Recipe: [bold]{out}[/bold]")
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A bar on stderr, which leaves stdout to the results."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("begins", total=None)
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield progress
 
 
 def opened(folder: Path, reading: Reading) -> tuple[Any, list[list[int]]]:
@@ -95,12 +117,20 @@ def read_tokens(folder: Path, file: Path) -> list[int]:
         from s2attn.lab.training.tokens import read_tokens as own_tokens
 
         return own_tokens(folder, file.read_bytes())
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
         raise Unsupported("this text cannot be read", {str(folder): ["it holds no tokenizer; give the tokens as a JSON list"]})
+    return tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model of Transformers; None where the folder holds none, or a model of the demo."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if (folder / "weights.pt").is_file() or not any((folder / name).is_file() for name in names):
+        return None
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def pieces(tokens: Sequence[int], reading: Reading) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
-from s2attn.lab.asking import Asked, Native, Subject, fitting
+from s2attn.lab.asking import Asked, Native, Subject, Visit, fitting
 from s2attn.lab.asking_transformers import Hosted, is_hosted
 from s2attn.lab.density import dense_pairs, pairs_per_head
 from s2attn.lab.stack import stack_of
@@ -23,6 +23,10 @@ from s2attn.patterns.runs import Array
 
 ROWS = 256
 """Rows of logits that are turned into probabilities at a time."""
+
+
+Progress = Callable[[int, int, str], None]
+"""Is told, before each reading of a text, how many are done, how many there are at most, and what this one is for."""
 
 
 class NeedsTraining(UserWarning):
@@ -83,7 +87,12 @@ class Comparison:
 
 
 def compare(
-    model: Any, recipe: Recipe | Pattern, tokens: Tensor | Sequence[Sequence[int]] | Sequence[int], *, last: int | None = None
+    model: Any,
+    recipe: Recipe | Pattern,
+    tokens: Tensor | Sequence[Sequence[int]] | Sequence[int],
+    *,
+    last: int | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure what a recipe does to a model, without training and without changing it.
 
@@ -104,6 +113,7 @@ def compare(
         tokens: texts as ``(texts, T)`` or ``(T,)``, int64, or as lists of different lengths; two tokens or more each.
         last: judge only the predictions of so many last tokens of each text, all of them when left out. Where the context is long they
             are what matters, and the logits of the others need no memory.
+        progress: called as ``progress(done, total, what)`` before each reading of a text, and at the end.
 
     Raises:
         ValueError, TypeError: a recipe for another number of layers or heads; texts that are too short; before any measurement.
@@ -118,7 +128,9 @@ def compare(
     """
     subject, texts = subject_of(model), read_texts(tokens, last)
     recipe = fitting(subject, recipe)
-    found = measured(subject, recipe, texts)
+    steps = Steps(2 * len(texts), progress)
+    found = measured(subject, recipe, texts, steps)
+    steps.end()
     for note in needs_training(recipe, subject):
         warnings.warn(note, NeedsTraining, stacklevel=2)
     return found
@@ -140,14 +152,39 @@ class Text:
         return self.tokens[-self.judged :]
 
 
-def measured(subject: Subject, recipe: Recipe, texts: Sequence[Text]) -> Comparison:
+@dataclass(eq=False)
+class Steps:
+    """Counts readings, for whoever wants to see the progress."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        if self.progress is not None and not callable(self.progress):
+            raise bad_kind("progress", "must be a function of (done, total, what) or None", self.progress)
+
+    def __call__(self, what: str) -> None:
+        """The next reading begins."""
+        if self.progress is not None:
+            self.progress(self.done, self.total, what)
+        self.done += 1
+
+    def end(self) -> None:
+        if self.progress is not None:
+            self.progress(self.total, self.total, "done")
+
+
+def measured(subject: Subject, recipe: Recipe, texts: Sequence[Text], steps: Steps) -> Comparison:
     """`compare`, with its arguments checked."""
     shape = (len(subject.layers), subject.layers[0].num_heads)
     kept, worst, sums, rows = np.zeros(shape), np.ones(shape), np.zeros(3), 0
     for text in texts:
         looked = Masses(recipe.pattern, text.judged)
+        steps("reads as the model stands")
         own = subject.logits(text.inputs, looked, text.judged)
-        changed = subject.logits(text.inputs, lambda asked: _other(recipe, asked), text.judged)
+        steps("reads with the recipe")
+        changed = subject.logits(text.inputs, answering(recipe), text.judged)
         sums += judged(own, changed, text.targets)
         rows += text.judged
         for layer in range(shape[0]):
@@ -163,9 +200,14 @@ def measured(subject: Subject, recipe: Recipe, texts: Sequence[Text]) -> Compari
     return Comparison(recipe, rows, nll, nll_recipe, kl, kept / rows, worst, density, tuple(notes))
 
 
-def _other(recipe: Recipe, asked: Asked) -> Pattern | None:
-    pattern = recipe.pattern(asked.layer)
-    return None if pattern == asked.own else pattern
+def answering(recipe: Recipe | None) -> Visit:
+    """Answers for the layers where a recipe says something else than the model has; None leaves the model as it stands."""
+
+    def visit(asked: Asked) -> Pattern | None:
+        pattern = asked.own if recipe is None else recipe.pattern(asked.layer)
+        return None if pattern == asked.own else pattern
+
+    return visit
 
 
 @dataclass(eq=False)

@@ -70,6 +70,27 @@ def test_a_model_of_the_demo_reads_bytes(tmp_path: Path) -> None:
     assert "199 predictions" in shown.stdout
 
 
+def test_progress_is_on_stderr_alone(saved: Path) -> None:
+    words = ["compare", saved, saved / "recipe.json", "--text", saved / "tokens.json", "--length", "140", "--json"]
+    terminal = {"COLUMNS": "200", "TERM": "xterm", "TTY_COMPATIBLE": "1", "FORCE_COLOR": "1"}
+    shown = CliRunner(env=terminal).invoke(app, list(map(str, words)))
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["predictions"] == 139
+    assert "/2" in shown.stderr and "done" in shown.stderr
+
+
+def test_suggest_looks_for_needles_with_the_tokenizer_of_the_folder(saved: Path) -> None:
+    words = ["--text", saved / "tokens.json", "--length", "150", "--budget", "1", "--sink", "4", "--window", "32"]
+    assert "no needles were looked for" in run("suggest", saved, *words).stdout
+    tokenizer = Tokenizer(WordLevel({"[unknown]": 0, "key": 1}, unk_token="[unknown]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(saved)
+    shown = run("suggest", saved, *words, "--depths", "2")
+    assert shown.exit_code == 0, shown.output
+    assert "of the text: " in shown.stdout and "of 2 found before" in shown.stdout
+    assert "no needles were looked for" in run("suggest", saved, *words, "--depths", "0").stdout
+
+
 def test_a_text_is_read_by_the_tokenizer_of_the_folder(saved: Path) -> None:
     words = {word: i for i, word in enumerate(["[unknown]", "one", "two", "three"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="[unknown]"))
