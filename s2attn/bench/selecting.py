@@ -197,7 +197,7 @@ def check_rule(selector: MassSelector, mass: Tensor, chosen: Tensor) -> None:
         wanted = min(there, max(int(rule["top_k"]), int(forced.sum())))
         right = int(chosen.sum()) == wanted and bool((mass[free].amin() if free.any() else torch.inf) >= _largest(mass, ~chosen))
     else:
-        share, total = rule["coverage"], float(mass.sum())
+        share, total = rule["threshold"], float(mass.sum())
         enough = float(mass[chosen].sum()) >= (share - SCORE_TOLERANCE) * total
         least = float(mass[free].min()) if free.any() else 0.0
         few = not free.any() or float(mass[chosen].sum()) - least <= (share + SCORE_TOLERANCE) * total

@@ -175,7 +175,7 @@ def recall(
     text: Annotated[Path | None, typer.Option(help="What that model reads; the demo's validation files when left out.")] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens.")] = 2048,
     block: Annotated[int, typer.Option(help="Tokens per block of the choice.")] = 64,
-    coverages: Annotated[str, typer.Option(help="Shares of the estimated mass, separated by commas.")] = "0.5,0.8,0.9,0.95",
+    thresholds: Annotated[str, typer.Option(help="Shares of the estimated mass, separated by commas.")] = "0.5,0.8,0.9,0.95",
     png: Annotated[Path | None, typer.Option(help="Draw mass kept over density into this file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of planted structures.")] = 0,
 ) -> None:
@@ -183,13 +183,13 @@ def recall(
     with clear_errors():
         from s2attn.cli.choosing import show_recall
 
-        show_recall(checkpoint, text=text, seqlen=seqlen, block=block, coverages=coverages, png=png, seed=seed)
+        show_recall(checkpoint, text=text, seqlen=seqlen, block=block, thresholds=thresholds, png=png, seed=seed)
 
 
 @app.command()
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="A model that the demo wrote: a folder with config.json and weights.pt.")],
-    out: Annotated[Path, typer.Option(help="JSON file for the table.")] = Path("coverage.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the table.")] = Path("thresholds.json"),
     text: Annotated[Path | None, typer.Option(help="What the model reads; the demo's validation files when left out.")] = None,
     stride: Annotated[int, typer.Option(help="Stride of XAttention.")] = 16,
     block: Annotated[int, typer.Option(help="Tokens per block of the choice.")] = 64,
@@ -197,7 +197,7 @@ def calibrate(
     windows: Annotated[int, typer.Option(help="Pieces of text; the last one is kept back to judge the table.")] = 4,
     seqlen: Annotated[int, typer.Option(help="Bytes of each piece.")] = 2048,
 ) -> None:
-    """Fit XAttention's coverage to every head of a model, and say what the table keeps of text that it has not seen."""
+    """Fit XAttention's threshold to every head of a model, and say what the table keeps of text that it has not seen."""
     with clear_errors():
         from s2attn.cli.choosing import run_calibrate
 

@@ -17,21 +17,21 @@ from s2attn.selectors import FlexPrefill, MeanPool, Selector, VerticalSlash, XAt
 from s2attn.selectors.planted import STRUCTURES, Sample, planted
 
 STRIDES = (8, 16)
-COVERAGES = (0.5, 0.8, 0.9, 0.95)
+THRESHOLDS = (0.5, 0.8, 0.9, 0.95)
 
 
-def methods(block: int, coverages: Sequence[float] = COVERAGES) -> dict[str, list[Selector]]:
-    """The selectors that are compared, each at several budgets; `VerticalSlash`, which has no coverage, at numbers of lines.
+def methods(block: int, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, list[Selector]]:
+    """The selectors that are compared, each at several budgets; `VerticalSlash`, which has no threshold, at numbers of lines.
 
     >>> [len(budgets) for budgets in methods(64, [0.5, 0.9]).values()]
     [2, 2, 2, 2, 3]
     """
     check_block("block", block)
     found: dict[str, list[Selector]] = {
-        f"XAttention, stride {stride}": [XAttention(stride, coverage, block=block) for coverage in coverages] for stride in STRIDES
+        f"XAttention, stride {stride}": [XAttention(stride, threshold, block=block) for threshold in thresholds] for stride in STRIDES
     }
-    found["mean pool"] = [MeanPool(coverage=coverage, block=block) for coverage in coverages]
-    found["FlexPrefill"] = [FlexPrefill(coverage, block=block) for coverage in coverages]
+    found["mean pool"] = [MeanPool(threshold=threshold, block=block) for threshold in thresholds]
+    found["FlexPrefill"] = [FlexPrefill(threshold, block=block) for threshold in thresholds]
     found["vertical-slash"] = [VerticalSlash(4 * lines, lines, block=block) for lines in (4, 16, 64)]
     return found
 
@@ -44,8 +44,8 @@ def budget_of(selector: Selector) -> str:
     """
     if isinstance(selector, VerticalSlash):
         return f"{selector.verticals} keys, {selector.slashes} distances"
-    coverage = getattr(selector, "coverage", None)
-    return f"{100 * coverage:g} % of the estimate" if isinstance(coverage, float) else repr(selector)
+    threshold = getattr(selector, "threshold", None)
+    return f"{100 * threshold:g} % of the estimate" if isinstance(threshold, float) else repr(selector)
 
 
 def planted_data(seqlen: int, seed: int = 0) -> dict[str, Sample]:
@@ -76,7 +76,7 @@ def model_data(model: LanguageModel, text: Tensor, seqlen: int) -> dict[str, Sam
 
 
 def calibrated(selector: XAttention, layers: Sequence[Sequence[Sample]], target: float) -> tuple[XAttention, list[dict[str, float]]]:
-    """The selector with a table of coverage, and for each layer what it then keeps of a piece that was not used for the table.
+    """The selector with a table of threshold, and for each layer what it then keeps of a piece that was not used for the table.
 
     Args:
         layers: ``[layer][piece]``, two pieces at least; the last one is kept back.
@@ -86,16 +86,16 @@ def calibrated(selector: XAttention, layers: Sequence[Sequence[Sample]], target:
     table = calibrate(selector, [[(x.q, x.k) for x in samples[:-1]] for samples in layers], target=target)
     judged = []
     for number, samples in enumerate(layers):
-        x, coverage = samples[-1], table.coverage
-        assert isinstance(coverage, tuple)
+        x, threshold = samples[-1], table.threshold
+        assert isinstance(threshold, tuple)
         found = recall(table, x.q, x.k, x.v, layer=number)
-        judged.append({"least": min(coverage[number]), "most": max(coverage[number]), "density": found.density, "kept": found.kept})
+        judged.append({"least": min(threshold[number]), "most": max(threshold[number]), "density": found.density, "kept": found.kept})
     return table, judged
 
 
-def write_coverage(selector: XAttention, target: float, path: Path) -> Path:
+def write_thresholds(selector: XAttention, target: float, path: Path) -> Path:
     """Write ``{"selector": the arguments of XAttention, "target": ...}`` as JSON."""
-    fields: dict[str, Any] = {"stride": selector.stride, "block": selector.block, "coverage": selector.coverage}
+    fields: dict[str, Any] = {"stride": selector.stride, "block": selector.block, "threshold": selector.threshold}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"selector": fields, "target": target}, indent=1) + "\n", encoding="utf-8")
     return path

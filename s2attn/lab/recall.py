@@ -54,7 +54,7 @@ def recall(
     >>> from s2attn.selectors import XAttention
     >>> from s2attn.selectors.planted import planted
     >>> x = planted("verticals", seqlen=512)
-    >>> result = recall(XAttention(stride=8, coverage=0.9, block=32), x.q, x.k, x.v)
+    >>> result = recall(XAttention(stride=8, threshold=0.9, block=32), x.q, x.k, x.v)
     >>> result.kept > 0.9 * result.oracle
     True
     """

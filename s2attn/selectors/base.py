@@ -15,7 +15,7 @@ from s2attn.ops.selector import Call, Selector
 from s2attn.selectors.select import SHARING, check_share, select
 
 FORCED = ("sink", "diagonal")
-Coverage = float | tuple[tuple[float, ...], ...]
+Threshold = float | tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,27 @@ def forced_blocks(names: tuple[str, ...], seqlen_q: int, seqlen_k: int, block: i
     return mask
 
 
-def read_coverage(coverage: object) -> Coverage:
-    """A coverage, or a table of them by layer and query head, checked."""
-    if not isinstance(coverage, Sequence):
-        return check_share("coverage", coverage)
+def read_threshold(threshold: object) -> Threshold:
+    """A threshold, or a table of them by layer and query head, checked."""
+    if not isinstance(threshold, Sequence):
+        return check_share("threshold", threshold)
     table = []
-    for row in coverage:
+    for row in threshold:
         if not isinstance(row, Sequence) or not row:
-            raise bad_kind("coverage", "must be a number, or a table with a list of numbers for each layer", row)
-        table.append(tuple(check_share("coverage", number) for number in row))
+            raise bad_kind("threshold", "must be a number, or a table with a list of numbers for each layer", row)
+        table.append(tuple(check_share("threshold", number) for number in row))
     if not table:
-        raise bad_value("coverage", "must have at least one layer when it is a table", coverage)
+        raise bad_value("threshold", "must have at least one layer when it is a table", threshold)
     return tuple(table)
 
 
-def coverage_of(coverage: Coverage, layer: int, heads: int) -> float | tuple[float, ...]:
-    """What a coverage, or a table of them, says for a layer; a table of another model does not fit."""
-    if not isinstance(coverage, tuple):
-        return coverage
-    if layer >= len(coverage):
-        raise bad_value("coverage", f"must have a row for layer {layer}: is it the table of another model?", f"{len(coverage)} layers")
-    if len(coverage[layer]) != heads:
+def threshold_of(threshold: Threshold, layer: int, heads: int) -> float | tuple[float, ...]:
+    """What a threshold, or a table of them, says for a layer; a table of another model does not fit."""
+    if not isinstance(threshold, tuple):
+        return threshold
+    if layer >= len(threshold):
+        raise bad_value("threshold", f"must have a row for layer {layer}: is it the table of another model?", f"{len(threshold)} layers")
+    if len(threshold[layer]) != heads:
         rule = f"must have a number for each of the {heads} query heads in layer {layer}: is it the table of another model?"
-        raise bad_value("coverage", rule, f"{len(coverage[layer])} numbers")
-    return coverage[layer]
+        raise bad_value("threshold", rule, f"{len(threshold[layer])} numbers")
+    return threshold[layer]

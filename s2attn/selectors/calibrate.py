@@ -1,4 +1,4 @@
-"""`calibrate`: the coverage that each head needs, from queries and keys of a model."""
+"""`calibrate`: the threshold that each head needs, from queries and keys of a model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def calibrate(
     causal: bool = True,
     scale: float | None = None,
 ) -> XAttention:
-    """The selector with a table of coverage by layer and query head, so that each keeps ``target`` of its true attention mass, or more.
+    """The selector with a table of threshold by layer and query head, so that each keeps ``target`` of its true attention mass, or more.
 
     For every row, the fewest blocks that hold ``target`` of the true mass are found, and among them the smallest estimated one. A head's
-    coverage is the share of its estimated mass, over all rows of all samples, that lies in blocks at least as large as that of their row
+    threshold is the share of its estimated mass, over all rows of all samples, that lies in blocks at least as large as that of their row
     (arXiv:2503.16428, section 2.3, finds such thresholds by search). Takes the time of dense attention for each sample, not its memory.
 
     Args:
-        selector: stride and block are taken from it; its coverage is replaced.
+        selector: stride and block are taken from it; its threshold is replaced.
         layers: for each layer its samples: q ``(B, T, H, D)``, k ``(B, S, G, D)``, as they go into attention.
         target: share of the true mass, in (0, 1].
         causal, scale: as in `attention`.
@@ -40,7 +40,7 @@ def calibrate(
         ValueError, TypeError: a bad argument, a layer without samples, or samples of a layer that differ in heads.
 
     >>> q, k = torch.randn(1, 256, 2, 16), torch.randn(1, 256, 1, 16)
-    >>> table = calibrate(XAttention(stride=8, block=32), [[(q, k)], [(q, k)]]).coverage
+    >>> table = calibrate(XAttention(stride=8, block=32), [[(q, k)], [(q, k)]]).threshold
     >>> len(table), len(table[0])
     (2, 2)
     """
@@ -62,14 +62,14 @@ def calibrate(
         table.append(tuple((above / total).clamp(torch.finfo(torch.float32).tiny, 1.0).tolist()))
     if not table:
         raise bad_value("layers", "must have at least one layer", "none")
-    return replace(selector, coverage=tuple(table))
+    return replace(selector, threshold=tuple(table))
 
 
 def _shares(selector: XAttention, q: Tensor, k: Tensor, call: Call, target: float) -> tuple[Tensor, Tensor]:
     """For each head the estimated mass of blocks at least as large as the smallest needed one of their row, and of all; float64."""
     score = selector.mass(q.detach(), k.detach(), call)
     true = antidiagonal(q, k, stride=1, block=selector.block, causal=call.causal, scale=call.scale)
-    needed = select(true, coverage=target)
+    needed = select(true, threshold=target)
     smallest = score.masked_fill(~needed, torch.inf).amin(dim=-1, keepdim=True)
     above = torch.where(score >= smallest, score, 0.0)
     return above.double().sum(dim=(0, 2, 3)).cpu(), score.double().sum(dim=(0, 2, 3)).cpu()

@@ -11,33 +11,33 @@ from torch import Tensor
 from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.ops.pooled import bound_mass, mean_pool
 from s2attn.ops.selector import Call
-from s2attn.selectors.base import Coverage, MassSelector, coverage_of, read_coverage
+from s2attn.selectors.base import MassSelector, Threshold, read_threshold, threshold_of
 from s2attn.selectors.quest import KeyBounds, choose_pages
 
 
 @dataclass(frozen=True)
 class RuledSelector(MassSelector):
-    """A selector whose rule is ``top_k`` blocks or a ``coverage`` of the mass, exactly one of them.
+    """A selector whose rule is ``top_k`` blocks or a ``threshold`` of the mass, exactly one of them.
 
     Attributes:
         top_k: blocks of each row, forced ones included.
-        coverage: as in `XAttention`.
+        threshold: as in `XAttention`.
     """
 
     top_k: int | None = field(default=None, kw_only=True)
-    coverage: Coverage | None = field(default=None, kw_only=True)
+    threshold: Threshold | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.top_k is None) == (self.coverage is None):
-            raise bad_value("top_k, coverage", "must be given one at a time", (self.top_k, self.coverage))
-        if self.coverage is not None:
-            object.__setattr__(self, "coverage", read_coverage(self.coverage))
+        if (self.top_k is None) == (self.threshold is None):
+            raise bad_value("top_k, threshold", "must be given one at a time", (self.top_k, self.threshold))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", read_threshold(self.threshold))
         else:
             check_int("top_k", self.top_k, 1)
 
     def rule(self, call: Call, heads: int) -> dict[str, Any]:
-        return {"top_k": self.top_k} if self.coverage is None else {"coverage": coverage_of(self.coverage, call.layer, heads)}
+        return {"top_k": self.top_k} if self.threshold is None else {"threshold": threshold_of(self.threshold, call.layer, heads)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MeanPool(RuledSelector):
     """Blocks whose mean key suits the mean query: MoBA (arXiv:2502.13189) without its gate, one choice for a block of queries.
 
     Args:
-        top_k, coverage: the rule, exactly one of them.
+        top_k, threshold: the rule, exactly one of them.
         block, forced, share: as in `XAttention`.
 
     >>> import s2attn, torch
@@ -63,7 +63,7 @@ class PageBounds(RuledSelector):
     """Blocks that could hold the greatest logit, by the bounds of their keys: Quest (arXiv:2406.10774), made for decoding.
 
     Args:
-        top_k, coverage: the rule, exactly one of them.
+        top_k, threshold: the rule, exactly one of them.
         block, forced, share: as in `XAttention`; Quest's pages have 16 tokens.
 
     >>> import s2attn, torch
@@ -113,7 +113,7 @@ class PageBounds(RuledSelector):
         (torch.Size([1, 1, 8, 32]), [120])
         """
         if self.top_k is None:
-            raise bad_value("top_k", "must be given: a coverage keeps another number of pages at every step", self.coverage)
+            raise bad_value("top_k", "must be given: a threshold keeps another number of pages at every step", self.threshold)
         if isinstance(bounds, KeyBounds) and bounds.page_size != self.block:
             raise bad_value("block", f"must be the page_size of the bounds, {bounds.page_size}", self.block)
         rule = {"top_k": self.top_k, "keep_first": "sink" in self.forced}
@@ -126,7 +126,7 @@ class Gated(RuledSelector):
 
     Args:
         gate: ``gate(q, k, call)`` returns scores ``(B, H, query blocks, key blocks)``, at least 0; its gradients are its own affair.
-        top_k, coverage: the rule, exactly one of them.
+        top_k, threshold: the rule, exactly one of them.
         block, forced, share: as in `XAttention`.
     """
 

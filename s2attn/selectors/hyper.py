@@ -44,7 +44,7 @@ def hyper_attention(
     Queries and keys are sorted by the same random hyperplanes, and each stretch of ``block`` keys is attended exactly by the queries of
     the same stretch. All other keys are represented by ``samples`` of them, drawn anew for each stretch, whose softmax sums are scaled up
     without bias; both parts are joined by `merge`. Causal attention is cut in halves: two causal halves, which are cut again, and a square
-    below them that is not causal.
+    below them that is not causal, and exact where its queries or keys are fewer than ``min_seqlen``.
 
     Exact, up to rounding, when there are no more than ``min_seqlen`` queries or keys, no more than ``block`` keys, or at least as many
     samples as keys outside of a stretch. Differentiable in q, k and v through both parts, their lse included; the choice of buckets and
@@ -57,7 +57,8 @@ def hyper_attention(
         num_hashes: hyperplanes, 1 to 62; there are ``2 ** num_hashes`` buckets.
         block: keys of a stretch.
         samples: keys drawn outside of each stretch, with replacement.
-        min_seqlen: attention is exact up to this length; the causal halves are cut down to it.
+        min_seqlen: attention is exact up to this length; the causal halves are cut down to it. The squares below them are
+            exact only if shorter, so that a power of two still has squares of this length estimated.
         seed: of hyperplanes and samples; the same seed on the same device gives the same result.
         sampling: "uniform", or "value_norm": half of the probability is uniform, the other half in proportion to ``||v||^2``. The paper
             draws in proportion to ``||v||^2`` alone, but then estimates the denominator apart; one draw serves both here.
@@ -159,9 +160,10 @@ class _Run:
         return _stack(upper, _joined(self.causal(q[:, half:], k[:, half:], v[:, half:]), below))
 
     def square(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Every query sees every key."""
+        """Every query sees every key; shorter squares than ``min_seqlen`` are exact, as in the authors' code."""
         cut = _Stretches.of(q.shape[1], k.shape[1], self.how.block)
-        if not q.shape[0] or len(cut.k_lengths) <= 1 or max(cut.outside) <= self.how.samples:
+        short = min(q.shape[1], k.shape[1]) < self.how.min_seqlen
+        if short or not q.shape[0] or len(cut.k_lengths) <= 1 or max(cut.outside) <= self.how.samples:
             return self.exact(q, k, v, causal=False)
         order_q, order_k = bucket_order(q.detach(), self.planes), bucket_order(k.detach(), self.planes)
         with stage("sort"):

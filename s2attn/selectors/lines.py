@@ -13,7 +13,7 @@ from s2attn.ops.lines import LineMass, last_queries
 from s2attn.ops.pooled import mean_pool
 from s2attn.ops.score import antidiagonal
 from s2attn.ops.selector import Call, Selector
-from s2attn.selectors.base import FORCED, Coverage, coverage_of, forced_blocks, read_coverage
+from s2attn.selectors.base import FORCED, Threshold, forced_blocks, read_threshold, threshold_of
 from s2attn.selectors.select import check_share, select
 
 
@@ -58,30 +58,30 @@ class FlexPrefill(Selector):
     """Each head by the rule that suits it (FlexPrefill, arXiv:2502.20766).
 
     Where means of blocks predict how the last block of queries really attends (root of the Jensen-Shannon divergence below ``tau``), the
-    head keeps the fewest blocks that hold ``coverage`` of the mass by means, over all rows together; elsewhere the fewest keys, and the
-    fewest distances, that hold ``coverage`` of the attention of the last queries. The first block and the diagonal are always kept.
+    head keeps the fewest blocks that hold ``threshold`` of the mass by means, over all rows together; elsewhere the fewest keys, and the
+    fewest distances, that hold ``threshold`` of the attention of the last queries. The first block and the diagonal are always kept.
 
     Args:
-        coverage: share of the mass, in (0, 1]; or a table ``coverage[layer][query head]``. The paper's gamma.
+        threshold: share of the mass, in (0, 1]; or a table ``threshold[layer][query head]``. The paper's gamma.
         tau: in (0, 1].
         block: tokens per block; as many of the last queries are looked at.
     """
 
     causal_only: ClassVar[bool] = True
-    coverage: Coverage = 0.95
+    threshold: Threshold = 0.95
     tau: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("tau", self.tau)
-        object.__setattr__(self, "coverage", read_coverage(self.coverage))
+        object.__setattr__(self, "threshold", read_threshold(self.threshold))
 
     def choose(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
-        coverage = coverage_of(self.coverage, call.layer, q.shape[2])
+        threshold = threshold_of(self.threshold, call.layer, q.shape[2])
         pooled = mean_pool(q, k, block=self.block, scale=call.scale, softcap=call.softcap)
-        by_means = select(pooled.flatten(2).unsqueeze(2), coverage=coverage).view(pooled.shape)
+        by_means = select(pooled.flatten(2).unsqueeze(2), threshold=threshold).view(pooled.shape)
         lines: LineMass = last_queries(q, k, n=self.block, scale=call.scale, softcap=call.softcap)
-        keys, distances = (select(mass.unsqueeze(2), coverage=coverage).squeeze(2) for mass in (lines.vertical, lines.slash))
+        keys, distances = (select(mass.unsqueeze(2), threshold=threshold).squeeze(2) for mass in (lines.vertical, lines.slash))
         by_lines = blocks_of_lines(keys, distances, q.shape[1], self.block)
         chosen = torch.where(self.predicted(q, k, call)[..., None, None], by_means, by_lines)
         return chosen | forced_blocks(FORCED, q.shape[1], k.shape[1], self.block, q.device)

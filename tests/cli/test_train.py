@@ -86,7 +86,7 @@ def test_a_checkpoint_of_byte_pairs_writes_on_and_goes_on_from_its_cache(trained
 
 def test_selectors_are_judged_on_the_tokens_of_the_model(trained: Path, config: Path) -> None:
     text = str(config.parent / "texts" / "one.txt")
-    result = run("recall", "--checkpoint", str(trained), "--text", text, "--seqlen", "64", "--block", "16", "--coverages", "0.9")
+    result = run("recall", "--checkpoint", str(trained), "--text", text, "--seqlen", "64", "--block", "16", "--thresholds", "0.9")
     assert result.exit_code == 0, result.output
     assert "layer 1" in result.stdout
 

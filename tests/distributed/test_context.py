@@ -209,7 +209,7 @@ def refusals() -> dict[str, str]:
     q, k = torch.randn(1, 32, H, D), torch.randn(1, 32, G, D)
     contiguous = Shards.contiguous(128, 4)
     packed = (q[0], k[0], k[0])
-    xattention = s2attn.XAttention(stride=16, coverage=0.9)
+    xattention = s2attn.XAttention(stride=16, threshold=0.9)
     calls: dict[str, Any] = {
         "size": lambda: context_attention(q, k, k, Window(8), shards=Shards.contiguous(64, 2)),
         "tokens": lambda: context_attention(q, k, k, Window(8), shards=Shards.contiguous(64, 4)),

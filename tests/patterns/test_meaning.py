@@ -81,6 +81,25 @@ def test_longnet_on_block_numbers():
     assert np.array_equal(seen(LongNet(block=16)), CAUSAL & mask)
 
 
+@pytest.mark.parametrize(("segment", "levels"), [(8, 5), (8, 4), (8, 7), (1, 6), (2, 8), (16, 3)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_longnet_at_every_level(segment, levels, causal):
+    """600 blocks, so that level 6 of segments of 8 blocks still differs from level 5; pair by pair, and as lists of blocks."""
+    q, k = np.arange(600)[:, None], np.arange(600)[None, :]
+    mask = np.zeros((600, 600), bool)
+    for level in range(levels):
+        width, thin = segment * 2**level, 2**level
+        found = (q // width == k // width) & (k % thin == 0)
+        assert (found & ~mask).any() or level == 0  # a level that adds nothing would test nothing
+        mask |= found
+    pattern, shape = LongNet(segment, levels, block=16), Shape(600 * 16, causal)
+    assert np.array_equal(pattern.sees(q, k, shape), mask)
+    listed = np.zeros_like(mask)
+    listed[pattern.lists(np.arange(600), shape).expand()] = True
+    assert np.array_equal(listed, mask)
+    assert np.array_equal(pattern.allowed(q * 16, k * 16, shape), mask & (k <= q) if causal else mask)
+
+
 def test_power_attention_of_the_paper():
     n = 32768
     q = np.arange(0, n, 97)[:, None]

@@ -14,7 +14,7 @@ from s2attn.selectors.planted import planted
 
 def by_hand(q, k, stride, block, target):
     score, true = (antidiagonal(q, k, stride=s, block=block) for s in (stride, 1))
-    coverage = []
+    threshold = []
     for head in range(q.shape[2]):
         above = total = 0.0
         for row in range(score.shape[2]):
@@ -27,24 +27,24 @@ def by_hand(q, k, stride, block, target):
                 held += masses[j]
             smallest = min(scores[j] for j in needed)
             above, total = above + sum(s for s in scores if s >= smallest), total + sum(scores)
-        coverage.append(above / total)
-    return coverage
+        threshold.append(above / total)
+    return threshold
 
 
 @pytest.mark.parametrize("seqlen", [256, 230])
 def test_equals_the_rule_by_hand(seqlen):
     x = planted("slashes", seqlen=seqlen, width=16)
-    table = calibrate(XAttention(8, block=32), [[(x.q, x.k)]], target=0.85).coverage
+    table = calibrate(XAttention(8, block=32), [[(x.q, x.k)]], target=0.85).threshold
     assert table[0] == pytest.approx(by_hand(x.q, x.k, 8, 32, 0.85), abs=1e-4)
 
 
 def test_samples_count_by_their_mass():
     x, y = (planted("slashes", seqlen=256, width=16, seed=seed) for seed in (0, 1))
     one, other, both = (
-        calibrate(XAttention(8, block=32), [samples]).coverage[0] for samples in ([(x.q, x.k)], [(y.q, y.k)], [(x.q, x.k), (y.q, y.k)])
+        calibrate(XAttention(8, block=32), [samples]).threshold[0] for samples in ([(x.q, x.k)], [(y.q, y.k)], [(x.q, x.k), (y.q, y.k)])
     )
     assert both == pytest.approx([(a + b) / 2 for a, b in zip(one, other, strict=True)], abs=1e-5)
-    together = calibrate(XAttention(8, block=32), [[(torch.cat([x.q, y.q]), torch.cat([x.k, y.k]))]]).coverage[0]
+    together = calibrate(XAttention(8, block=32), [[(torch.cat([x.q, y.q]), torch.cat([x.k, y.k]))]]).threshold[0]
     assert together == pytest.approx(both, abs=1e-5)
 
 

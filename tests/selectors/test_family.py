@@ -13,10 +13,10 @@ from s2attn.testing import assert_close, eager, oracle
 
 EVERY = [
     MeanPool(top_k=3, block=16),
-    MeanPool(coverage=0.6, block=16, share="mean"),
+    MeanPool(threshold=0.6, block=16, share="mean"),
     PageBounds(top_k=2, block=16),
     VerticalSlash(verticals=3, slashes=3, last=20, block=16),
-    FlexPrefill(coverage=0.5, block=16),
+    FlexPrefill(threshold=0.5, block=16),
     Gated(lambda q, k, call: torch.rand(q.shape[0], q.shape[2], -(-q.shape[1] // 16), -(-k.shape[1] // 16)), top_k=3, block=16),
 ]
 
@@ -119,10 +119,10 @@ def test_a_gate_decides():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: MeanPool(), ValueError, r"top_k, coverage must be given one at a time; got \(None, None\)"),
-        (lambda: MeanPool(top_k=2, coverage=0.5), ValueError, "must be given one at a time"),
+        (lambda: MeanPool(), ValueError, r"top_k, threshold must be given one at a time; got \(None, None\)"),
+        (lambda: MeanPool(top_k=2, threshold=0.5), ValueError, "must be given one at a time"),
         (lambda: MeanPool(top_k=0), ValueError, "top_k must be an integer >= 1; got 0"),
-        (lambda: PageBounds(coverage=0.0), ValueError, r"coverage must be in \(0, 1\]; got 0.0"),
+        (lambda: PageBounds(threshold=0.0), ValueError, r"threshold must be in \(0, 1\]; got 0.0"),
         (lambda: VerticalSlash(slashes=0), ValueError, "slashes must be an integer >= 1; got 0"),
         (lambda: FlexPrefill(tau=2), ValueError, r"tau must be in \(0, 1\]; got 2"),
         (lambda: Gated(3, top_k=1), TypeError, "gate must be a function"),

@@ -51,6 +51,37 @@ def test_exact_in_degenerate_cases(case, lengths, causal):
         torch.testing.assert_close(a, b.float(), atol=2e-5, rtol=1e-4)
 
 
+def test_squares_shorter_than_min_seqlen_are_exact():
+    """As the authors' code has it: the halves of 300 are exact at 150, and the square between them too."""
+    settings = {"block": 16, "samples": 16, "min_seqlen": 200, "return_lse": True}
+    q, k, v = tensors(2, 300, 300, 4, 2, v_dim=5)
+    (plain, plain_lse), (exact, exact_lse) = dense(q, k, v, True)
+    out, lse = hyper_attention(q, k, v, **settings)
+    assert_close("out", out, plain, exact, terms=4.0)
+    assert_close("lse", lse, plain_lse, exact_lse, terms=4.0)
+    # Squares of 300 are estimated, those of 150 above and below them are not.
+    q, k, v = tensors(1, 600, 600, 2, 2)
+    (plain, plain_lse), (exact, exact_lse) = dense(q, k, v, True)
+    out, lse = hyper_attention(q, k, v, **settings)
+    assert_close("out", out[:, :300], plain[:, :300], exact[:, :300], terms=4.0)
+    assert (lse[..., 300:] - exact_lse[..., 300:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_square_of_min_seqlen_itself(causal):
+    """The authors estimate it below causal halves; alone it is short enough to be exact."""
+    side = 64
+    lengths = (2 * side, 2 * side) if causal else (side, side)
+    q, k, v = tensors(1, *lengths, 2, 2)
+    (plain, plain_lse), (exact, exact_lse) = dense(q, k, v, causal)
+    out, lse = hyper_attention(q, k, v, causal=causal, block=8, samples=8, min_seqlen=side, return_lse=True)
+    assert_close("lse", lse[..., :side], plain_lse[..., :side], exact_lse[..., :side], terms=4.0)
+    if causal:
+        assert (lse[..., side:] - exact_lse[..., side:]).abs().max() > 0.01
+    else:
+        assert_close("out", out, plain, exact, terms=4.0)
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "value_norm"])
 @pytest.mark.parametrize(("lengths", "kv_heads"), [((100, 100), 1), ((60, 100), 2)])
 def test_the_softmax_sum_is_unbiased(sampling, lengths, kv_heads):

@@ -124,7 +124,7 @@ def test_evicted_pages_come_last():
     ("change", "words"),
     [
         ({"top_k": 1}, "top_k must be at least 2: the pages of 1 new tokens and the first one; got 1"),
-        ({"top_k": None, "coverage": 0.5}, "top_k must be given: a coverage keeps another number"),
+        ({"top_k": None, "threshold": 0.5}, "top_k must be given: a threshold keeps another number"),
         ({"block": 32}, "block must be the page_size of the bounds, 16; got 32"),
         ({"q": torch.ones(1, 1, 3, WIDTH)}, "q must be a tensor"),
         ({"block_table": torch.zeros(2, 3, dtype=torch.int64)}, "block_table must have shape"),
@@ -136,7 +136,7 @@ def test_bad_arguments(change, words):
     call = {"q": torch.ones(1, 1, 4, WIDTH), **cache.arguments()} | {
         k: v for k, v in change.items() if k in ("q", "block_table", "seq_lens")
     }
-    settings = {"top_k": 4, "block": SIZE} | {k: v for k, v in change.items() if k in ("top_k", "coverage", "block")}
+    settings = {"top_k": 4, "block": SIZE} | {k: v for k, v in change.items() if k in ("top_k", "threshold", "block")}
     with pytest.raises(ValueError, match=words):
         PageBounds(**settings).pages(call.pop("q"), cache.bounds, **call)
 

@@ -28,14 +28,14 @@ def by_hand(mass, forced, rule, value):
         for j in order:
             total = np.float32(total + row[j])
         for count, j in enumerate(order):
-            asked = {"coverage": before < np.float32(value) * total, "top_k": count < value, "threshold": row[j] >= value * row.sum()}
+            asked = {"threshold": before < np.float32(value) * total, "top_k": count < value, "min_share": row[j] >= value * row.sum()}
             kept[(*place, j)] = must[j] or (asked[rule] and row[j] > 0)
             before = np.float32(before + row[j])
     return torch.from_numpy(kept)
 
 
 @settings(max_examples=80)
-@given(SHAPES, st.sampled_from([2, 3, 1000]), st.floats(0, 0.6), st.sampled_from(["coverage", "top_k", "threshold"]), st.data())
+@given(SHAPES, st.sampled_from([2, 3, 1000]), st.floats(0, 0.6), st.sampled_from(["threshold", "top_k", "min_share"]), st.data())
 def test_equals_a_plain_loop(shape, levels, forced_share, rule, data):
     value = data.draw(st.integers(1, 10) if rule == "top_k" else st.sampled_from([0.05, 0.25, 0.5, 0.9, 1.0]))
     mass, forced = masses(shape, levels), torch.rand(shape) < forced_share
@@ -44,49 +44,49 @@ def test_equals_a_plain_loop(shape, levels, forced_share, rule, data):
 
 @settings(max_examples=40)
 @given(SHAPES, st.sampled_from([0.1, 0.5, 0.9, 0.99]))
-def test_coverage_is_reached_and_no_smaller_set_reaches_it(shape, coverage):
+def test_threshold_is_reached_and_no_smaller_set_reaches_it(shape, threshold):
     mass = torch.rand(shape) + 0.01
-    kept = select(mass, coverage=coverage)
+    kept = select(mass, threshold=threshold)
     total, held = mass.double().sum(-1), (mass.double() * kept).sum(-1)
-    assert bool((held >= coverage * total * (1 - 1e-6)).all())
+    assert bool((held >= threshold * total * (1 - 1e-6)).all())
     best = mass.double().sort(dim=-1, descending=True).values.cumsum(-1)
     one_fewer = best.gather(-1, (kept.sum(-1, keepdim=True) - 2).clamp(min=0)).squeeze(-1)
-    assert bool(((one_fewer < coverage * total) | (kept.sum(-1) == 1)).all())
+    assert bool(((one_fewer < threshold * total) | (kept.sum(-1) == 1)).all())
 
 
 @settings(max_examples=40)
 @given(SHAPES, st.floats(0.01, 1), st.floats(0.01, 1), st.sampled_from(["none", "union", "mean", "majority"]))
-def test_more_coverage_keeps_all_that_less_keeps(shape, one, other, share):
+def test_more_threshold_keeps_all_that_less_keeps(shape, one, other, share):
     low, high = sorted((one, other))
     mass, forced = torch.rand(shape), torch.rand(shape) < 0.2
-    less, more = (select(mass, coverage=c, forced=forced, share=share, kv_heads=shape[1] // 2) for c in (low, high))
+    less, more = (select(mass, threshold=c, forced=forced, share=share, kv_heads=shape[1] // 2) for c in (low, high))
     assert not bool((less & ~more).any())
 
 
 def test_the_block_that_crosses_is_kept():
     mass = torch.tensor([[[[0.5, 0.25, 0.125, 0.125]]]])
-    assert select(mass, coverage=0.75).tolist() == [[[[True, True, False, False]]]]
-    assert select(mass, coverage=0.7501).tolist() == [[[[True, True, True, False]]]]
+    assert select(mass, threshold=0.75).tolist() == [[[[True, True, False, False]]]]
+    assert select(mass, threshold=0.7501).tolist() == [[[[True, True, True, False]]]]
 
 
 def test_equal_blocks_are_taken_in_their_order():
     assert select(torch.ones(1, 1, 1, 300), top_k=7)[0, 0, 0].nonzero().flatten().tolist() == list(range(7))
 
 
-def test_forced_mass_counts_toward_the_coverage():
+def test_forced_mass_counts_toward_the_threshold():
     mass = torch.tensor([[[[1.0, 4.0, 2.0, 3.0]]]])
     forced = torch.tensor([False, True, True, False])
-    assert select(mass, coverage=0.6, forced=forced).tolist() == [[[[False, True, True, False]]]]
-    assert select(mass, coverage=0.61, forced=forced).tolist() == [[[[False, True, True, True]]]]
+    assert select(mass, threshold=0.6, forced=forced).tolist() == [[[[False, True, True, False]]]]
+    assert select(mass, threshold=0.61, forced=forced).tolist() == [[[[False, True, True, True]]]]
 
 
 def test_rows_without_mass_keep_what_is_forced_alone():
     mass, forced = torch.zeros(1, 1, 2, 3), torch.tensor([[True, False, False], [False, False, False]])
-    for rule in ({"coverage": 1.0}, {"top_k": 2}, {"threshold": 0.1}):
+    for rule in ({"threshold": 1.0}, {"top_k": 2}, {"min_share": 0.1}):
         assert select(mass, **rule, forced=forced)[0, 0].tolist() == forced.tolist()
 
 
-@pytest.mark.parametrize("rule", [{"coverage": 0.1}, {"top_k": 1}, {"threshold": 0.9}])
+@pytest.mark.parametrize("rule", [{"threshold": 0.1}, {"top_k": 1}, {"min_share": 0.9}])
 @pytest.mark.parametrize("share", ["none", "union", "mean", "majority"])
 def test_rows_that_are_not_finite_keep_everything(rule, share):
     mass = torch.ones(1, 2, 2, 4)
@@ -95,9 +95,9 @@ def test_rows_that_are_not_finite_keep_everything(rule, share):
     assert bool(kept[:, :, 1].all()) and not bool(kept[:, :, 0].all())
 
 
-def test_coverage_of_every_head():
+def test_threshold_of_every_head():
     mass = torch.tensor([4.0, 3.0, 2.0, 1.0]).expand(1, 3, 2, 4)
-    assert select(mass, coverage=(0.4, 0.7, 1.0)).sum(-1).tolist() == [[[1, 1], [2, 2], [4, 4]]]
+    assert select(mass, threshold=(0.4, 0.7, 1.0)).sum(-1).tolist() == [[[1, 1], [2, 2], [4, 4]]]
 
 
 def test_sharing_in_a_group():
@@ -118,17 +118,17 @@ def test_heads_of_unequal_mass_count_alike_in_the_mean():
 def test_arithmetic_is_float32(dtype):
     """In 16 bits, adding many small blocks would stop growing and keep them all."""
     mass = torch.full((1, 1, 1, 4096), 0.125, dtype=dtype)
-    assert int(select(mass, coverage=0.5).sum()) == 2048
+    assert int(select(mass, threshold=0.5).sum()) == 2048
 
 
 @settings(max_examples=20)
 @given(SHAPES)
 def test_does_not_depend_on_how_many_rows_go_together(shape):
     mass = torch.rand(shape)
-    whole = select(mass, coverage=0.7)
+    whole = select(mass, threshold=0.7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(select.__globals__, "_AT_ONCE", 1)
-        assert torch.equal(select(mass, coverage=0.7), whole)
+        assert torch.equal(select(mass, threshold=0.7), whole)
 
 
 MASS = torch.ones(1, 4, 2, 2)
@@ -137,16 +137,16 @@ MASS = torch.ones(1, 4, 2, 2)
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"coverage": 0}, ValueError, r"coverage must be in \(0, 1\]; got 0"),
-        ({"coverage": 1.01}, ValueError, r"coverage must be in \(0, 1\]; got 1.01"),
-        ({"coverage": float("nan")}, ValueError, r"coverage must be in \(0, 1\]; got nan"),
-        ({"coverage": "all"}, ValueError, "one for each of the 4 heads; got 3 numbers"),
-        ({"coverage": (0.5, 0.5)}, ValueError, "one for each of the 4 heads; got 2 numbers"),
+        ({"threshold": 0}, ValueError, r"threshold must be in \(0, 1\]; got 0"),
+        ({"threshold": 1.01}, ValueError, r"threshold must be in \(0, 1\]; got 1.01"),
+        ({"threshold": float("nan")}, ValueError, r"threshold must be in \(0, 1\]; got nan"),
+        ({"threshold": "all"}, ValueError, "one for each of the 4 heads; got 3 numbers"),
+        ({"threshold": (0.5, 0.5)}, ValueError, "one for each of the 4 heads; got 2 numbers"),
         ({"top_k": 0}, ValueError, "top_k must be an integer >= 1; got 0"),
         ({"top_k": 1.5}, TypeError, "top_k must be an integer >= 1; got float"),
-        ({"threshold": -1}, ValueError, r"threshold must be in \(0, 1\]; got -1"),
+        ({"min_share": -1}, ValueError, r"min_share must be in \(0, 1\]; got -1"),
         ({}, ValueError, "must be given one at a time; got none of them"),
-        ({"top_k": 1, "coverage": 0.5}, ValueError, "must be given one at a time; got top_k, coverage"),
+        ({"top_k": 1, "threshold": 0.5}, ValueError, "must be given one at a time; got top_k, threshold"),
         ({"top_k": 1, "share": "all"}, ValueError, "share must be one of none, union, mean, majority; got 'all'"),
         ({"top_k": 1, "share": "mean"}, TypeError, "kv_heads must be an integer"),
         ({"top_k": 1, "share": "mean", "kv_heads": 3}, ValueError, "kv_heads must divide the 4 heads of mass; got 3"),

@@ -23,7 +23,7 @@ def tensors(batch, seqlen_q, seqlen_k, heads, kv_heads, dim=16, dtype=torch.floa
     return [x.to(dtype).requires_grad_() for x in (q, k, torch.randn(batch, seqlen_k, kv_heads, dim))]
 
 
-def chosen_by_hand(q, k, stride, block, coverage, causal=True):
+def chosen_by_hand(q, k, stride, block, threshold, causal=True):
     """bool (B, H, T, S) of tokens: the published procedure for aligned lengths, one row of blocks after another, in float64."""
     (batch, t, heads, dim), s, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
     mask = torch.zeros(batch, heads, t, s, dtype=torch.bool)
@@ -40,7 +40,7 @@ def chosen_by_hand(q, k, stride, block, coverage, causal=True):
                 kept = {0, own}
                 held = sum(row[j] for j in kept)
                 for j in sorted(set(range(len(row))) - kept, key=lambda j, row=row: -row[j]):
-                    if held >= coverage * sum(row) or not row[j]:
+                    if held >= threshold * sum(row) or not row[j]:
                         break
                     kept.add(j)
                     held += row[j]
@@ -131,13 +131,13 @@ def test_repeated_keys_choose_the_same():
     assert torch.equal(selector.layout(q, k).to_dense(), selector.layout(q, k.repeat_interleave(2, 2)).to_dense())
 
 
-def test_full_coverage_of_plain_noise_is_dense_attention():
+def test_full_threshold_of_plain_noise_is_dense_attention():
     q, k, v = (torch.randn(2, 130, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     out = s2attn.attention(q, k, v, XAttention(8, 1.0, block=32))
     torch.testing.assert_close(out, s2attn.attention(q, k, v, s2attn.Dense()), atol=2e-6, rtol=1e-5)
 
 
-def test_a_table_of_coverage_by_layer_and_head():
+def test_a_table_of_threshold_by_layer_and_head():
     q, k, v = tensors(1, 256, 256, 2, 1)
     table = [[0.3, 0.9], [0.9, 0.3]]
     selector = XAttention(8, table, block=32)
@@ -240,11 +240,11 @@ def test_queries_before_all_keys_give_zero():
     [
         (lambda: XAttention(stride=0), ValueError, "stride must be an integer >= 1; got 0"),
         (lambda: XAttention(stride=24), ValueError, r"stride must divide block \(128\); got 24"),
-        (lambda: XAttention(coverage=0), ValueError, r"coverage must be in \(0, 1\]; got 0"),
-        (lambda: XAttention(coverage=1.5), ValueError, r"coverage must be in \(0, 1\]; got 1.5"),
-        (lambda: XAttention(coverage=[[0.5, 2]]), ValueError, r"coverage must be in \(0, 1\]; got 2"),
-        (lambda: XAttention(coverage=[0.5]), TypeError, "coverage must be a number, or a table"),
-        (lambda: XAttention(coverage=[]), ValueError, "at least one layer"),
+        (lambda: XAttention(threshold=0), ValueError, r"threshold must be in \(0, 1\]; got 0"),
+        (lambda: XAttention(threshold=1.5), ValueError, r"threshold must be in \(0, 1\]; got 1.5"),
+        (lambda: XAttention(threshold=[[0.5, 2]]), ValueError, r"threshold must be in \(0, 1\]; got 2"),
+        (lambda: XAttention(threshold=[0.5]), TypeError, "threshold must be a number, or a table"),
+        (lambda: XAttention(threshold=[]), ValueError, "at least one layer"),
         (lambda: XAttention(block=100), ValueError, "block must be one of"),
         (lambda: XAttention(forced=("row",)), ValueError, "forced must be a tuple of names among"),
         (lambda: XAttention(forced=("sink", "sink")), ValueError, "each once"),
@@ -261,15 +261,15 @@ def test_bad_selectors(make, error, words):
     [
         ({"block": 64}, "block and heads must be left out when a selector is given"),
         ({"layer": -1}, "layer must be an integer >= 0; got -1"),
-        ({"layer": 2}, "coverage must have a row for layer 2: is it the table of another model"),
-        ({"layer": 1}, "coverage must have a number for each of the 4 query heads in layer 1: is it the table of another model"),
+        ({"layer": 2}, "threshold must have a row for layer 2: is it the table of another model"),
+        ({"layer": 1}, "threshold must have a number for each of the 4 query heads in layer 1: is it the table of another model"),
         ({"scale": math.nan}, "scale must be finite"),
     ],
 )
 def test_bad_calls(settings_, words):
     q, k, v = tensors(1, 32, 32, 4, 2)
     with pytest.raises(ValueError, match=words):
-        s2attn.attention(q, k, v, XAttention(coverage=[[0.5] * 4, [0.5] * 8]), **settings_)
+        s2attn.attention(q, k, v, XAttention(threshold=[[0.5] * 4, [0.5] * 8]), **settings_)
 
 
 def test_the_module_takes_a_selector():
