@@ -16,8 +16,11 @@ from s2attn.core import bad_kind, bad_value, check_int
 from s2attn.distributed.balance import balanced_shards
 from s2attn.distributed.shards import Shards
 from s2attn.distributed.traffic import WAYS, Traffic, ask, traffic_of
+from s2attn.lab.stack import check_sizes
 from s2attn.lab.text import amount
 from s2attn.patterns import Pattern, Recipe
+
+MOST_RANKS = 65536
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,9 @@ def describe_context(
     ...
     """
     ranks, layers, layer = check_int("ranks", ranks, 1), check_int("layers", layers, 1), check_int("layer", layer, 0)
+    check_sizes(check_int("num_heads", num_heads, 1), layers)
+    if ranks > MOST_RANKS:
+        raise bad_value("ranks", f"must be at most {MOST_RANKS}", ranks)
     seqlen = check_int("seqlen", seqlen, 1)
     pair = 2 * check_int("head_dim", head_dim, 1)
     sizes = pair * check_int("dtype_bytes", dtype_bytes, 1), pair * max(4, dtype_bytes)

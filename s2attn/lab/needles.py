@@ -91,8 +91,8 @@ class _Writer:
             return self.encoded(asked + REPLY + said)
         # What the tokenizer puts before every text; an end behind it would end the reply.
         whole, bare = list(self.tokenizer(REPLY)["input_ids"]), self.encoded(REPLY)
-        before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        return [*whole[:before], *self.encoded(f"{content}\n{REPLY}{said}")]
+        start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return [*whole[:start], *self.encoded(f"{content}\n{REPLY}{said}")]
 
     def encoded(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -30,6 +30,8 @@ _INK, _FAINT = "#2b2b2b", "#6f6f6f"
 _PIXELS = 512
 _GAMMA = 0.55  # a pixel of which a twentieth is read must still be seen
 _MOST_COLUMNS = 4
+MOST_PANELS, MOST_DPI = 64, 600
+"""A picture of so many panels at so many pixels per inch has some hundred million pixels."""
 _CLOSER = 64  # blocks on a side of the closer look
 
 
@@ -68,6 +70,8 @@ def plot(
         ValueError, TypeError: naming the argument, the rule and what came.
     """
     panels, dpi = check_int("panels", panels, 1), check_int("dpi", dpi, 20)
+    if panels > MOST_PANELS or dpi > MOST_DPI:
+        raise bad_value("panels and dpi", f"must be at most {MOST_PANELS} and {MOST_DPI}", (panels, dpi))
     path = checked_path(path)
     if isinstance(pattern, Layout):
         if seqlen is not None or block is not None:

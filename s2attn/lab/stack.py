@@ -13,8 +13,13 @@ from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads
 from s2attn.layout.entries import first_with_same_lists
 from s2attn.patterns import Pattern, PerHead, Recipe
+from s2attn.patterns.base import check_layer
 from s2attn.patterns.runs import Array, repeat_ranges
 
+MOST_HEADS = 65536
+"""Heads of all layers together: the pattern of each is worked out."""
+MOST_BLOCKS = 32768
+"""Blocks of a sequence: a dense head lists half of their square."""
 T = TypeVar("T")
 Key = Union[Pattern, int]  # noqa: UP007  evaluated at run time
 """Names the lists of one head: its resolved pattern, or its number in a layout that was given. Equal keys have equal lists."""
@@ -169,17 +174,29 @@ def stack_of(
     num_kv_heads = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
     if num_heads % num_kv_heads:
         raise bad_value("num_kv_heads", f"must divide num_heads ({num_heads})", num_kv_heads)
-    layers, layer = check_int("layers", layers, 1), check_int("layer", layer, 0)
+    layers, layer = check_int("layers", layers, 1), check_layer(layer)
+    check_sizes(num_heads, layers)
     if isinstance(pattern, Layout):
         return _stack_of_layout(pattern, num_heads, num_kv_heads, seqlen, layers, block)
     if not isinstance(pattern, (Pattern, Recipe)):
         raise bad_kind("pattern", "must be a Pattern, a Recipe or a Layout", pattern)
     seqlen = check_int("seqlen", seqlen, 1)
+    block = None if block is None else check_block("block", block)
     chosen = [pattern.pattern(number) if isinstance(pattern, Recipe) else pattern for number in range(layer, layer + layers)]
     heads = HeadRange(0, num_heads, num_heads, num_kv_heads)
     resolved = tuple(layout_heads(one, heads, num_kv_heads, layer + i) for i, one in enumerate(chosen))
-    block = _default_block(chosen) if block is None else check_block("block", block)
+    block = _default_block(chosen) if block is None else block
+    if seqlen > MOST_BLOCKS * block:
+        rule = f"must be at most {MOST_BLOCKS * block} tokens, {MOST_BLOCKS} blocks of {block}"
+        raise bad_value("seqlen", rule, seqlen)
     return Stack(num_heads, num_kv_heads, seqlen, block, bool(causal), layer, resolved)
+
+
+def check_sizes(num_heads: int, layers: int) -> None:
+    """Refuse more heads than any model has, before each is worked out."""
+    if num_heads * layers > MOST_HEADS:
+        came = f"{num_heads} heads in {layers} layers"
+        raise bad_value("num_heads and layers", f"must be at most {MOST_HEADS} heads in all", came)
 
 
 def _default_block(patterns: list[Pattern]) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from s2attn.core import bad_value
 from s2attn.patterns import PRESETS, Pattern, Recipe, parse_pattern, preset
+from s2attn.patterns.parse import shown
 
 
 def read_what(what: str, name: str = "WHAT") -> Pattern | Recipe:
@@ -23,18 +25,18 @@ def read_what(what: str, name: str = "WHAT") -> Pattern | Recipe:
     """
     if what in PRESETS:
         return preset(what)
-    if what.endswith(".json") or Path(what).is_file():
+    if what.endswith(".json") or os.path.isfile(what):  # False for a text that is too long for a path
         return read_file(Path(what), name)
     if what.isidentifier() and what.lower() not in ("dense", "power", "longnet"):
         choices = f"a preset ({', '.join(PRESETS)}), a JSON file, or an expression such as local:16|stride:8"
-        raise bad_value(name, f"must be {choices}", repr(what))
+        raise bad_value(name, f"must be {choices}", shown(what))
     return parse_pattern(what)
 
 
 def read_file(path: Path, name: str = "WHAT") -> Pattern | Recipe:
     """The pattern or recipe in a JSON file."""
-    if not path.is_file():
-        raise bad_value(name, "must name a JSON file that exists", repr(str(path)))
+    if not os.path.isfile(path):
+        raise bad_value(name, "must name a JSON file that exists", shown(str(path)))
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         is_recipe = "recipe" in json.loads(text)
