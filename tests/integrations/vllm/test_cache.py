@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +81,19 @@ def test_vllm_finds_the_manager_and_its_own() -> None:
     assert KVCacheSpecRegistry.get_manager_class(spec()) is S2CacheManager
     assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec()) is S2CacheSpec
     assert KVCacheSpecRegistry.get_manager_class(FULL).__name__ == "FullAttentionManager"
+
+
+def test_a_process_that_unpickles_a_spec_knows_its_manager() -> None:
+    """The engine gets specs from its workers, and never makes a layer; vLLM's own kinds are registered too."""
+    code = f"""
+import pickle
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, _REGISTRY_KVCACHESPEC_LIST
+spec = pickle.loads({pickle.dumps(spec())!r})
+print(KVCacheSpecRegistry.get_manager_class(spec).__name__, FullAttentionSpec in _REGISTRY_KVCACHESPEC_LIST)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["S2CacheManager True"], done.stderr[-2000:]
 
 
 def test_blocks_return_to_the_pool_and_no_two_requests_own_one() -> None:
