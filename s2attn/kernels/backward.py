@@ -53,7 +53,7 @@ def dq_listed(
         logits = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
         dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
         _, ds = score_gradient(logits, dp, lse_log2[:, None], delta[:, None], allowed, cap_log2, CAPPED, MASKED or RB < BLOCK_N)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
     return dq
 
 

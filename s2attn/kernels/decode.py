@@ -38,6 +38,35 @@ def find_row(lists, layout_head, row, lines, RB: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def masked_softmax_step(acc, m_i, l_i, scores_log2, allowed, v_tile):
+    """`softmax_step` for a tile in which rows see different keys.
+
+    A weight of 0 does not keep a value of NaN or infinity out of a product, so such values are
+    replaced by 0, and the rows that see them get NaN.
+
+    Args:
+        scores_log2: -inf where a pair is not allowed.
+        allowed: whether each row sees each key.
+    """
+    v_tile, broken = finite_rows(v_tile)  # [BLOCK_N, BLOCK_DV], [BLOCK_N]
+    m_i, shift, keep = rescaled(m_i, tl.max(scores_log2, 1))  # [BLOCK_M]
+    p = tl.exp2(scores_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    l_i = l_i * keep + tl.sum(p, 1)  # [BLOCK_M]
+    p = tl.where(allowed & broken[None, :], float("nan"), p)  # [BLOCK_M, BLOCK_N]
+    acc = acc * keep[:, None]  # [BLOCK_M, BLOCK_DV]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def finite_rows(tile):
+    """A tile with 0 for NaN and infinity, and which of its rows had one."""
+    finite = tl.abs(tile) < float("inf")
+    broken = tl.max((~finite).to(tl.int32), 1) > 0
+    return tl.where(finite, tile, tl.zeros_like(tile)), broken
+
+
+@triton.jit
 def fold(
     acc, m_i, l_i, q_tile, place, asks, keys, values, table, listed, codes_ptr, tiles_ptr, first, last, entries, limit, factor, cap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -71,8 +100,12 @@ def fold(
         k_tile = from_float8(load_paged(keys, page, slot, exists, BLOCK_D, D), q_tile)
         v_tile = from_float8(load_paged(values, page, slot, exists, BLOCK_DV, DV), q_tile)
         scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
-        scores = tl.where(allowed & exists[None, :], scores, float("-inf"))
-        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
+        allowed = allowed & exists[None, :]  # [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where rows agree
+        scores = tl.where(allowed, scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            acc, m_i, l_i = masked_softmax_step(acc, m_i, l_i, scores, allowed, v_tile)
+        else:
+            acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
     return acc, m_i, l_i
 
 

@@ -27,7 +27,7 @@ def attend(
         v_tile = load_rows(values, key, lane, exists, BLOCK_DV, DV, MASKED or RB < BLOCK_N)
         scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
         if MASKED or RB < BLOCK_N:  # the last tile of several blocks may hold fewer than it has room for
-            scores = tl.where(allowed, scores, float("-inf"))
+            scores = tl.where(allowed, scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
         acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
     return acc, m_i, l_i
 

@@ -31,7 +31,8 @@ def rescaled(m_i, top):
     m_new = tl.maximum(m_i, top)
     # A row that has seen nothing yet keeps -inf; it is shifted by 0 so that no -inf - -inf appears.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, shift, tl.exp2(m_i - shift)
+    # The same maximum keeps what was summed, also where it is a sink of +inf.
+    return m_new, shift, tl.where(m_i == m_new, 1.0, tl.exp2(m_i - shift))
 
 
 @triton.jit
@@ -51,8 +52,8 @@ def softmax_step(acc, m_i, l_i, scores_log2, v_tile):
 @triton.jit
 def softmax_end(acc, m_i, l_i):
     """Output and natural-log lse of the running softmax; 0 and -inf for rows that have seen nothing."""
-    seen = l_i > 0.0
-    total = tl.where(seen, l_i, 1.0)
-    out = acc / total[:, None]
-    lse = tl.where(seen, (m_i + tl.log2(total)) * LN2, float("-inf"))
+    empty = l_i == 0.0  # [BLOCK_M]; a sum of NaN is not empty
+    total = tl.where(empty, 1.0, l_i)  # [BLOCK_M]
+    out = acc / total[:, None]  # [BLOCK_M, BLOCK_DV]
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(total)) * LN2)  # [BLOCK_M]
     return out, lse
