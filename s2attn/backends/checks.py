@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,18 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def exact_arithmetic(device: torch.device) -> AbstractContextManager[Any]:
+    """No autograd and no autocast: products stay in the dtype that they were asked for.
+
+    Entering torch's contexts takes 20 microseconds: they are left out where they change nothing.
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return _no_grad_and_no_autocast(kind)
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
 @contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autograd and no autocast: products stay in the dtype that they were asked for."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+def _no_grad_and_no_autocast(kind: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
         yield

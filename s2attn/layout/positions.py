@@ -86,7 +86,7 @@ def seen_units(layout: Layout, lines: Lines, listed: Listed) -> Tensor:
     seen = torch.ones(len(listed.line), layout.block // UNIT, dtype=torch.bool, device=layout.device)
     partial = (listed.code >= 0).nonzero()[:, 0]
     if len(partial):
-        of, code, some = listed.line[partial], listed.code[partial], _some_seen(layout)
+        of, code, some = listed.line[partial], listed.code[partial], some_seen(layout)
         seen[partial] = some[code, lines.high[of]] > some[code, lines.low[of]]
     return seen
 
@@ -99,7 +99,7 @@ def _same_lists(layout: Layout) -> list[int]:
     return made
 
 
-def _some_seen(layout: Layout) -> Tensor:
+def some_seen(layout: Layout) -> Tensor:
     """For each mask tile how many of the queries before each place see some key of each unit: ``(tiles, block + 1, units)``."""
     made = _some.get(layout)
     if made is None:

@@ -58,8 +58,9 @@ def decode(
         validate: look at lengths and tables first, and wait for the device to do so. Without it, and always during the capture of a CUDA
             graph, kernels clamp what makes no sense: lengths to the table, ``cu_seqlens_q`` to a rising walk inside q (a query of no
             sequence gives 0 and -inf), and keys in pages that do not exist count as unseen. Nothing outside of the tensors is read or
-            written. The portable backend makes its lists on the host: it looks in any case, and cannot be captured.
-        batch_invariant: the bits of a sequence's result depend on that sequence alone, at some cost in speed.
+            written. A backend that reads lengths on the host always checks, and cannot be captured.
+        batch_invariant: the bits of a sequence's result depend on that sequence alone, whatever
+            else is in the batch and however wide the block table is, at some cost in speed.
 
     Returns:
         out in the shape of q with v's width, in q's dtype; with ``return_lse`` also lse ``(B, H, T)`` or ``(H, total_q)``. A query that
@@ -91,11 +92,10 @@ def decode(
     scales, how = (k_scale, v_scale), (backend, bool(validate), bool(batch_invariant))
     where = block_table, seq_lens, cu_seqlens_q, index, source
     out, lse = decode_op(flat, k_pages, v_pages, sinks, *scales, *where, scale, softcap or 0.0, *how)
-    if cu_seqlens_q is None:
-        out, lse = out.view(*q.shape[:-1], out.shape[-1]), lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
-    else:
-        out, lse = out[0], lse[0]
-    return (out, lse) if return_lse else out
+    out = out[0] if cu_seqlens_q is not None else out.view(*q.shape[:-1], out.shape[-1])
+    if not return_lse:
+        return out
+    return out, lse[0] if cu_seqlens_q is not None else lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
 
 
 def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, heads: HeadRange | None) -> tuple[str, list[Tensor]]:

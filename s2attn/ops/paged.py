@@ -16,7 +16,7 @@ from s2attn.backends import Backend, Pages, Requests, Scoring, pick_paged
 from s2attn.backends.checks import exact_arithmetic, is_captured, lse_dtype
 from s2attn.layout import Layout
 from s2attn.layout.positions import query_lines, take_lines
-from s2attn.ops.looks import Numbers, check_listed, check_sequences, cumulative_keys, may_look, read_lengths
+from s2attn.ops.looks import Numbers, check_sequences, check_table, cumulative_keys, may_look, read_lengths
 from s2attn.ops.source import CallSizes, block_for, find_layout, layout_of, with_block
 
 MOST_BY_POSITION = 16
@@ -62,9 +62,9 @@ def _decode(
     floor = None if sinks is None else sinks.detach().to(lse_dtype(q.dtype))
     if not q.numel():
         return _empty_results(q, v_pages)
-    looks = may_look(validate, q) or not chosen.by_position
+    checked = may_look(validate, q) or not chosen.by_position
     cu = None if cu_seqlens_q is None else cu_seqlens_q.to(q.device)
-    requests = Requests(seq_lens.to(q.device), cu, looks, batch_invariant)
+    requests = Requests(seq_lens.to(q.device), cu, checked, batch_invariant)
     prepared = _prepare(chosen, q, pages, requests, index, source)
     if prepared is None:
         out, lse = _empty_results(q, v_pages)
@@ -80,7 +80,7 @@ def _decode(
 def _prepare(
     chosen: Backend, q: Tensor, pages: Pages, requests: Requests, index: list[Tensor], source: str
 ) -> tuple[Layout, Pages] | None:  # fmt: skip
-    """The lists of a call and the pages that they are of, after a look at its numbers where that is allowed.
+    """The lists of a call and the pages that they are of, checked if ``requests.checked``.
 
     None when no query sees anything, as far as is known.
     """
@@ -89,23 +89,20 @@ def _prepare(
     if not room:
         return None
     heads = q.shape[2], pages.kv_heads, q.device
-    layout = find_layout(source, index, q, q) if index else None
-    if lengths is None:
-        return layout or layout_by_position(source, block_for(source, 0), room, *heads), pages
-    if layout is not None:
-        check_sequences(layout, *lengths)
-    elif chosen.by_position:
+    if index:
+        layout = find_layout(source, index, q, q)
+        if lengths is not None:
+            check_sequences(layout, *lengths)
+    elif chosen.by_position or lengths is None:
         layout = layout_by_position(source, block_for(source, 0), room, *heads)
     else:
-        layout = _layout_of_lengths(source, *lengths, pages.page_size, *heads)
-    owner = lines = None
-    if not layout.packed:
-        if chosen.by_position:
-            lines = query_lines(*lengths, layout.block, q.device)
-        else:
-            layout, owner = _taken_once(layout, *lengths)
-            pages = replace(pages, table=pages.table[owner])
-    check_listed(layout, pages, owner, lines)
+        layout = _layout_of_lengths(source, *lengths, pages.page_size, requests.batch_invariant, *heads)
+    if lengths is None:
+        return layout, pages
+    check_table(layout, pages, *lengths)
+    if not layout.packed and not chosen.by_position:
+        layout, owner = _taken_once(layout, *lengths)
+        pages = replace(pages, table=pages.table[owner])
     return None if layout.packed and not layout.rows.entries else (layout, pages)
 
 
@@ -125,12 +122,18 @@ def _taken_once(square: Layout, cu_q: Numbers, tokens: Numbers) -> tuple[Layout,
 
 
 def _layout_of_lengths(
-    source: str, cu_q: Numbers, tokens: Numbers, page_size: int, num_heads: int, num_kv_heads: int, device: torch.device
+    source: str, cu_q: Numbers, tokens: Numbers, page_size: int, batch_invariant: bool,
+    num_heads: int, num_kv_heads: int, device: torch.device,
 ) -> Layout:  # fmt: skip
-    """Lists for backends that look: by position where a few tokens are decoded, so that the next ones find them again; else packed."""
+    """Lists for backends that read lengths on the host.
+
+    By position where few tokens are new, so that later calls find them again, else packed. With
+    ``batch_invariant`` always by position: one long prompt must not change the lists of the others.
+    """
     block = block_for(source, page_size)
     new = max(after - before for before, after in pairwise(cu_q))
-    if new <= MOST_BY_POSITION and 0 < max(tokens) <= LONGEST_BY_POSITION:
+    short = new <= MOST_BY_POSITION and max(tokens) <= LONGEST_BY_POSITION
+    if max(tokens) > 0 and (batch_invariant or short):
         return layout_by_position(source, block, max(tokens), num_heads, num_kv_heads, device)
     numbers = cu_q, cumulative_keys(cu_q, tokens)
     return layout_of(with_block(source, block), CallSizes(cu_q[-1], num_heads, numbers[1][-1], num_kv_heads, device), numbers)

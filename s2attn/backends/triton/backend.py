@@ -96,7 +96,7 @@ class Triton(Backend):
         return by_row.dq(*given), *by_column.dkv(*given)
 
     def forward_paged(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
-        rows, tiles = self._listed(q, pages, layout, scoring)
+        rows, tiles = self._listed(q, pages, requests, layout, scoring)
         with exact_arithmetic(q.device):
             return decode(plan_decode(q, pages, requests, layout, scoring, tiles, rows, processors(q.device)))
 
@@ -105,17 +105,22 @@ class Triton(Backend):
 
         Where the table does not say how lists are cut, the batch does, so every way is taken.
         """
-        rows, tiles = self._listed(q, pages, layout, scoring)
+        rows, tiles = self._listed(q, pages, requests, layout, scoring)
         for cut in [tiles.cut] if tiles.cut else CUTS:
             with exact_arithmetic(q.device):
                 decode(plan_decode(q, pages, requests, layout, scoring, replace(tiles, cut=cut), rows, processors(q.device)))
 
-    def _listed(self, q: Tensor, pages: Pages, layout: Layout, scoring: Scoring) -> tuple[Rows, Tiles]:
-        """What decoding reads of a layout, found once for each, and the tiles for such a call."""
+    def _listed(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> tuple[Rows, Tiles]:
+        """What decoding reads of a layout, found once for each, and the tiles for such a call.
+
+        The density of a layout by position follows from the width of the block table, and so from
+        the batch.
+        """
         rows = self._rows.get(layout)
         if rows is None:
             rows = self._rows[layout] = Rows(layout)
-        return rows, self._choose(situation("decode", q, pages.v, layout, rows.density), q.device, scoring.softcap is not None)
+        density = 0.0 if requests.batch_invariant else rows.density
+        return rows, self._choose(situation("decode", q, pages.v, layout, density), q.device, scoring.softcap is not None)
 
     def store_objections(self, new: Writes) -> list[str]:
         """Every reason why the kernel cannot write such tokens here."""
