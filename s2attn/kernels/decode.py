@@ -14,7 +14,7 @@ from s2attn.kernels.pieces.pages import find_pages, from_float8, load_paged
 from s2attn.kernels.pieces.queries import LISTED, find_queries
 from s2attn.kernels.pieces.ranges import cut, find_output, program_of, range_begin
 from s2attn.kernels.pieces.scores import LOG2E, log2_logits
-from s2attn.kernels.pieces.softmax import rescaled, sink_logit, softmax_begin, softmax_end, softmax_step
+from s2attn.kernels.pieces.softmax import masked_softmax_step, rescaled, sink_logit, softmax_begin, softmax_end, softmax_step
 from s2attn.kernels.pieces.work import store_slot
 
 SIZES = ["batch", "tokens", "room", "q_len", "per", "max_pages", "num_pages", "lines", "outputs", "splits", "least", "lse_head"]
@@ -71,8 +71,12 @@ def fold(
         k_tile = from_float8(load_paged(keys, page, slot, exists, BLOCK_D, D), q_tile)
         v_tile = from_float8(load_paged(values, page, slot, exists, BLOCK_DV, DV), q_tile)
         scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
-        scores = tl.where(allowed & exists[None, :], scores, float("-inf"))
-        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
+        allowed = allowed & exists[None, :]  # [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where rows agree
+        scores = tl.where(allowed, scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            acc, m_i, l_i = masked_softmax_step(acc, m_i, l_i, scores, allowed, v_tile)
+        else:
+            acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
     return acc, m_i, l_i
 
 

@@ -59,6 +59,8 @@ def check_softcap(softcap: float | None) -> float | None:
         raise bad_kind("softcap", "must be a number or None", softcap)
     if not math.isfinite(softcap) or softcap <= 0:
         raise bad_value("softcap", "must be positive and finite", softcap)
+    if not 1e-30 <= softcap <= 1e30:  # float32 kernels divide by it, and multiply by it
+        raise bad_value("softcap", "must be from 1e-30 to 1e30", softcap)
     return float(softcap)
 
 

@@ -93,7 +93,8 @@ def sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, s
         delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)
         if dlse is not None:
             delta = delta - dlse
-        share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        level = sinks.to(lse.dtype)[:, None]
+        share = torch.where(level == lse, 1.0, torch.exp(level - lse))  # all of it, also for a sink of +inf
         return torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2)).neg_().to(sinks.dtype)
 
 

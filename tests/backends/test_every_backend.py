@@ -236,25 +236,6 @@ def test_packing_does_not_change_bits(backend: Backend) -> None:
     assert torch.equal(got.lse[..., part], expected.lse)
 
 
-@pytest.mark.parametrize("scoring", ["plain", "both"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_masked_keys_never_leak(plain_backend: Backend, value: float, scoring: str) -> None:
-    """Bad numbers in keys that a query does not see change nothing for it: not in other blocks, not inside its own partial blocks."""
-    p = random_problem(4, 2, 2, 150, 150, 32, causal=True, width=16, **SCORINGS.get(scoring, {})).to(torch.float32)
-    clean = run(plain_backend, p)
-    for broken in ([140], [70, 71], [3, 40, 149]):
-        k, v = p.k.clone(), p.v.clone()
-        k[:, broken[:1], :, 3], v[:, broken] = value, value
-        seen = p.mask[:, :, broken].any(-1).t()[None]
-        dirty = replace(p, k=k, v=v)
-        out, lse = plain_backend.forward(*dirty.arguments)
-        assert torch.allclose(out[~seen], clean.out[~seen], atol=1e-5)
-        assert torch.allclose(lse.transpose(1, 2)[~seen], clean.lse.transpose(1, 2)[~seen], atol=1e-5)
-        assert not out[seen].isfinite().all(-1).any()
-        dq = run(plain_backend, dirty).dq
-        assert torch.allclose(dq[~seen], clean.dq[~seen], atol=1e-5)
-
-
 def test_numbers_beyond_a_short_sequence_are_not_read(backend: Backend) -> None:
     p = random_problem(2, 2, 2, 70, 70, 64, width=16).to(torch.float32)
     expected = run(backend, p)

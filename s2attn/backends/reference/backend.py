@@ -72,7 +72,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _mask(layout, q.shape[2])
     logits = _logits(q, k, mask, scoring)
-    p = _weights(logits, _lse(logits, scoring))
+    # Every product by a masked pair's 0 is a selection: a row of NaN keeps it to the keys that it sees.
+    p = _weights(logits, _lse(logits, scoring)).masked_fill(~mask, 0.0)
     heads_do, values = _by_head(dout), _grouped(v, q.shape[2])
     dp = (heads_do @ values.transpose(-1, -2)).masked_fill(~mask, 0.0)
     delta = (p * dp).sum(-1, keepdim=True)
@@ -80,7 +81,8 @@ def _gradients(
         delta = delta - dlse.double()[..., None]
     ds = p * (dp - delta) * scoring.scale
     if scoring.softcap is not None:
-        ds = ds * (1 - (logits / scoring.softcap) ** 2).masked_fill(~mask, 0.0)
+        ds = ds * (1 - (logits / scoring.softcap) ** 2)
+    ds = ds.masked_fill(~mask, 0.0)
     dq = ds @ _grouped(k, q.shape[2]).nan_to_num(0.0, 0.0, 0.0)
     dk = _ungrouped(ds.transpose(-1, -2) @ _by_head(q), k.shape[2])
     dv = _ungrouped(p.transpose(-1, -2) @ heads_do, v.shape[2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from importlib.util import find_spec
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from s2attn.backends.base import Backend, Pages, Reduction, Requests, Scoring, Writes
 from s2attn.backends.checks import exact_arithmetic, paged_objections, plain_objections, store_objections
 from s2attn.backends.triton.decode import Rows, decode, plan_decode
+from s2attn.backends.triton.installed import triton_objections
 from s2attn.backends.triton.start import Starts
 from s2attn.backends.triton.store import store
 from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
@@ -23,7 +23,6 @@ from s2attn.layout import Layout
 from s2attn.schedule import CUTS
 
 WIDEST = 256
-ABSENT = "triton is not installed; the extra named triton brings it"
 MOST = 65535
 """Programs along the second and the third axis of a grid: batch entries, and heads."""
 LARGEST = 232448
@@ -53,14 +52,14 @@ class Triton(Backend):
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Every reason why the kernels cannot serve such tensors here."""
-        if find_spec("triton") is None:
-            return [ABSENT]
+        if triton_objections():
+            return list(triton_objections())
         return plain_objections(q, k, v) or _objections(q, v, ("forward", "dq", "dkv"))
 
     def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
         """Every reason why the kernels cannot serve such pages here."""
-        if find_spec("triton") is None:
-            return [ABSENT]
+        if triton_objections():
+            return list(triton_objections())
         return paged_objections(q, pages) or _objections(q, pages.v, ("decode",))
 
     def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
@@ -124,8 +123,8 @@ class Triton(Backend):
 
     def store_objections(self, new: Writes) -> list[str]:
         """Every reason why the kernel cannot write such tokens here."""
-        if find_spec("triton") is None:
-            return [ABSENT]
+        if triton_objections():
+            return list(triton_objections())
         why = store_objections(new)
         if new.k.dtype == torch.float64:
             why.append("float64 is not one of float16, bfloat16, float32")

@@ -11,6 +11,7 @@ from s2attn.backends.base import Scoring
 from s2attn.backends.triton import hopper, hopper_backward, launch, specialised
 from s2attn.backends.triton.hopper import HopperWay, choose_hopper_form, has_hopper, hopper_objections, hopper_way
 from s2attn.backends.triton.hopper_backward import HopperColumns, choose_column_form, choose_dq_form, hopper_columns
+from s2attn.backends.triton.installed import allocator_objections, gluon_objections
 from s2attn.backends.triton.specialised import SpecialisedWay, choose_form, form_objections, specialised_way
 from s2attn.backends.triton.start import Starts
 from s2attn.backends.triton.tiles import Tiles
@@ -161,4 +162,5 @@ def can_take(form: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 def objections(op: str, form: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> list[str]:
     """Every reason why the kernel of ``op`` in another form than the plain one cannot serve such tensors and this layout."""
-    return (hopper_objections if form == "hopper" else form_objections)(op, q, k, v, layout, scoring)
+    installed = [*allocator_objections(), *(gluon_objections() if form == "hopper" else ())]
+    return installed + (hopper_objections if form == "hopper" else form_objections)(op, q, k, v, layout, scoring)

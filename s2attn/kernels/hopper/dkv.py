@@ -181,6 +181,8 @@ def last_sums(
     dv_sum = start_sum(dv, p, dout_ring, stage, OF_DV)
     dpt = warpgroup_mma_wait(1, deps=[dpt])
     ds = product_gradient(p * (dpt - by_query(number_ring, stage, 1, OF_PAIRS)), logits, cap_log2, CAPPED)
+    if MASKED:
+        ds = gl.where(allowed, ds, 0.0)  # 0 times an infinite dP would not be 0; [ROWS, BLOCK_M]
     dk_sum = start_sum(dk, ds, q_ring, stage, OF_DK)
     dk, dv = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])
     mbarrier.arrive(empty.index(stage), count=1)

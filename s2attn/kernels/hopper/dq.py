@@ -116,10 +116,14 @@ def fold_scores(dq, ds, k_ring, stage, OPERAND: gl.constexpr):
 
 
 @gluon.jit
-def last_products(dq, p, logits, dp, delta, cap_log2, keys, stage, OPERAND: gl.constexpr, CAPPED: gl.constexpr):
+def last_products(
+    dq, p, logits, dp, delta, cap_log2, allowed, keys, stage, OPERAND: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
     """What is left of a tile when P is known and dP is the only product under way; it is let go."""
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED)
+    ds = product_gradient(p * (dp - delta[:, None]), logits, cap_log2, CAPPED)  # [ROWS, BLOCK_N]
+    if MASKED:
+        ds = gl.where(allowed, ds, 0.0)  # 0 times an infinite dP would not be 0
     dq = warpgroup_mma_wait(0, deps=[fold_scores(dq, ds, keys[0], stage, OPERAND)])
     mbarrier.arrive(keys[4].index(stage), count=1)
     return dq
@@ -150,7 +154,7 @@ def fold_full(dq, row_rings, own, tiles, stage, phase, keys, rows, scores, zeros
         stage = next_stage
     dp = start_scores(dout_ring, own, v_ring, v_ready, stage, phase, zeros)
     p, logits = probabilities(s, minus_lse_log2[:, None], factor, cap_log2, True, CAPPED, False)
-    dq = last_products(dq, p, logits, dp, delta, cap_log2, keys, stage, OPERAND, CAPPED)
+    dq = last_products(dq, p, logits, dp, delta, cap_log2, True, keys, stage, OPERAND, CAPPED, False)
     stage, phase = advance(stage, phase, RING)
     return dq, stage, phase
 
@@ -181,7 +185,7 @@ def fold_others(
             dp = start_scores(dout_ring, own, v_ring, v_ready, stage, phase, zeros)
             s = warpgroup_mma_wait(1, deps=[s])
             p, logits = probabilities(s, minus_lse_log2[:, None], factor, cap_log2, allowed, CAPPED, True)
-            dq = last_products(dq, p, logits, dp, delta, cap_log2, keys, stage, OPERAND, CAPPED)
+            dq = last_products(dq, p, logits, dp, delta, cap_log2, allowed, keys, stage, OPERAND, CAPPED, True)
         stage, phase = advance(stage, phase, RING)
     return dq, stage, phase
 

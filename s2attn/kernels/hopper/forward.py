@@ -134,7 +134,8 @@ def softmax_tile(
         p = gl.exp2(products - shift[:, None])
     else:
         p = gl.exp2(products * factor - shift[:, None])
-    keep = gl.exp2(m_i - shift)
+    # The same maximum keeps what was summed, also where it is a sink of +inf.
+    keep = gl.where(m_i == m_new, 1.0, gl.exp2(m_i - shift))  # [ROWS]
     return acc * gl.convert_layout(keep, OF_ROWS)[:, None], m_new, l_i * keep + gl.sum(p, 1), p
 
 
@@ -226,9 +227,9 @@ def store_forward(
 ):  # fmt: skip
     """Divide by the sums, and write ``count`` of the rows and their lse from token ``start`` on; the pointers are those of the head."""
     rows: gl.constexpr = gl.SliceLayout(1, OF_OUT)
-    seen = l_i > 0.0
-    total = gl.where(seen, l_i, 1.0)
-    lse = gl.where(seen, (m_i + gl.log2(total)) * LN2, float("-inf"))
+    empty = l_i == 0.0  # [ROWS]; a sum of NaN is not empty
+    total = gl.where(empty, 1.0, l_i)  # [ROWS]
+    lse = gl.where(empty, float("-inf"), (m_i + gl.log2(total)) * LN2)  # [ROWS]
     lane = gl.arange(0, ROWS, gl.SliceLayout(1, OF_PAIRS))
     gl.store(lse_ptr + start + lane, lse, mask=lane < count)
     lane = gl.arange(0, ROWS, rows)

@@ -1,6 +1,6 @@
 """What the Hopper kernels share: rings of tiles, the order of work, and which pairs of a tile are allowed."""
 
-from s2attn.kernels.hopper.names import gl, gluon, make_descriptor, mbarrier
+from s2attn.kernels.hopper.names import REINTERPRET, gl, gluon, make_descriptor, mbarrier
 
 FULL = gl.constexpr(-1)
 ABSENT = gl.constexpr(-2)
@@ -42,7 +42,11 @@ def rows_of(pointer, counts, strides, BOX: gl.constexpr, D: gl.constexpr, LAYOUT
 def as_tiles(ring, COUNT: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
     """A ring of boxes, as the copy engine fills it, seen as COUNT tiles of ROWS rows, as products read it."""
     kind: gl.constexpr = ring.dtype
-    return ring._reinterpret(kind, [COUNT, ROWS, D], gl.NVMMASharedLayout.get_default_for([ROWS, D], kind))
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], kind)
+    if REINTERPRET:
+        return ring.reinterpret(kind, [COUNT, ROWS, D], layout)
+    else:
+        return ring._reinterpret(kind, [COUNT, ROWS, D], layout)
 
 
 @gluon.jit

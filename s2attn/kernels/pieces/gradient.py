@@ -14,7 +14,10 @@ def score_gradient(logits_log2, d_probability, lse_log2, delta, allowed, cap_log
     ``lse_log2 = +inf`` and so with P = 0.
     """
     # No probability exceeds 1; rounded logits of many millions would say otherwise, and overflow.
-    p = tl.exp2(tl.minimum(logits_log2 - lse_log2, 0.0))
+    p = tl.exp2(tl.minimum(logits_log2 - lse_log2, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    ds = product_gradient(p * (d_probability - delta), logits_log2, cap_log2, CAPPED)
     if MASKED:
+        # Both by selection: 0 times an infinite dP, or a logit of NaN, would not be 0.
         p = tl.where(allowed, p, 0.0)
-    return p, product_gradient(p * (d_probability - delta), logits_log2, cap_log2, CAPPED)
+        ds = tl.where(allowed, ds, 0.0)
+    return p, ds

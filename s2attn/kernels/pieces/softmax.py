@@ -31,7 +31,8 @@ def rescaled(m_i, top):
     m_new = tl.maximum(m_i, top)
     # A row that has seen nothing yet keeps -inf; it is shifted by 0 so that no -inf - -inf appears.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, shift, tl.exp2(m_i - shift)
+    # The same maximum keeps what was summed, also where it is a sink of +inf.
+    return m_new, shift, tl.where(m_i == m_new, 1.0, tl.exp2(m_i - shift))
 
 
 @triton.jit
@@ -49,10 +50,39 @@ def softmax_step(acc, m_i, l_i, scores_log2, v_tile):
 
 
 @triton.jit
+def masked_softmax_step(acc, m_i, l_i, scores_log2, allowed, v_tile):
+    """`softmax_step` for a tile in which rows see different keys.
+
+    A weight of 0 does not keep a value of NaN or infinity out of a product, so such values are
+    replaced by 0, and the rows that see them get NaN.
+
+    Args:
+        scores_log2: -inf where a pair is not allowed.
+        allowed: whether each row sees each key.
+    """
+    v_tile, broken = finite_rows(v_tile)  # [BLOCK_N, BLOCK_DV], [BLOCK_N]
+    m_i, shift, keep = rescaled(m_i, tl.max(scores_log2, 1))  # [BLOCK_M]
+    p = tl.exp2(scores_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    l_i = l_i * keep + tl.sum(p, 1)  # [BLOCK_M]
+    p = tl.where(allowed & broken[None, :], float("nan"), p)  # [BLOCK_M, BLOCK_N]
+    acc = acc * keep[:, None]  # [BLOCK_M, BLOCK_DV]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def finite_rows(tile):
+    """A tile with 0 for NaN and infinity, and which of its rows had one."""
+    finite = tl.abs(tile) < float("inf")
+    broken = tl.max((~finite).to(tl.int32), 1) > 0
+    return tl.where(finite, tile, tl.zeros_like(tile)), broken
+
+
+@triton.jit
 def softmax_end(acc, m_i, l_i):
     """Output and natural-log lse of the running softmax; 0 and -inf for rows that have seen nothing."""
-    seen = l_i > 0.0
-    total = tl.where(seen, l_i, 1.0)
-    out = acc / total[:, None]
-    lse = tl.where(seen, (m_i + tl.log2(total)) * LN2, float("-inf"))
+    empty = l_i == 0.0  # [BLOCK_M]; a sum of NaN is not empty
+    total = tl.where(empty, 1.0, l_i)  # [BLOCK_M]
+    out = acc / total[:, None]  # [BLOCK_M, BLOCK_DV]
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(total)) * LN2)  # [BLOCK_M]
     return out, lse
