@@ -23,15 +23,6 @@ SCORINGS = {"plain": {}, "both": {"softcap": 0.8, "sinks": torch.tensor([3.0, -t
 HUGE = 3e38
 
 
-@pytest.fixture(autouse=True)
-def _portable_is_replaced(request: pytest.FixtureRequest) -> None:
-    """The portable backend adds its masks; the backends that replace it select."""
-    both = "backend_and_dtype" in request.fixturenames
-    backend = request.getfixturevalue("backend_and_dtype")[0] if both else request.getfixturevalue("backend")
-    if backend.name == "portable":
-        request.node.add_marker(pytest.mark.xfail(reason="masks by addition; deleted soon", strict=False))
-
-
 def by_query(x: Tensor) -> Tensor:
     """``(B, H, T)`` as ``(B, T, H)``."""
     return x.transpose(1, 2)
@@ -43,17 +34,17 @@ def close(got: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, HUGE])
-def test_a_masked_key_changes_nothing(backend: Backend, value: float, scoring: str) -> None:
+def test_a_masked_key_changes_nothing(selecting_backend: Backend, value: float, scoring: str) -> None:
     """Not from other blocks, and not from a query's own partial blocks; forward and backward."""
     mask = torch.ones(2, 54, 54, dtype=torch.bool).tril().triu(-35)
     mask[..., 30:] &= torch.rand(2, 54, 24) < 0.6
     layout = Layout.from_dense(mask, block=16)
     p = make_problem(layout, mask, heads=2, kv_heads=1, width=16, **SCORINGS[scoring])
     p, bad_keys, bad_values = p.to(torch.float32), [46], [48, 53]
-    clean = run(backend, p)
+    clean = run(selecting_backend, p)
     k, v = p.k.clone(), p.v.clone()
     k[:, bad_keys, :, 3], v[:, bad_values] = value, value
-    got = run(backend, replace(p, k=k, v=v))
+    got = run(selecting_backend, replace(p, k=k, v=v))
     seen = p.mask[..., bad_keys + bad_values].any(-1)  # (H, T)
     unseen = ~seen.t()[None]
     assert unseen.any() and not unseen.all()
@@ -69,9 +60,9 @@ def test_a_masked_key_changes_nothing(backend: Backend, value: float, scoring: s
         assert not got.out[sees_value].isfinite().all(-1).any()
 
 
-def test_later_keys_of_huge_numbers(backend_and_dtype: tuple[Backend, torch.dtype]) -> None:
+def test_later_keys_of_huge_numbers(selecting_backend_and_dtype: tuple[Backend, torch.dtype]) -> None:
     """Unused slots behind the queries hold what memory held before: their products may be +inf."""
-    backend, dtype = backend_and_dtype
+    backend, dtype = selecting_backend_and_dtype
     mask = torch.ones(1, 100, 100, dtype=torch.bool).tril()
     p = make_problem(Layout.from_dense(mask, block=64), mask, heads=2, kv_heads=1, width=16).to(dtype)
     clean = run(backend, p)
@@ -84,13 +75,13 @@ def test_later_keys_of_huge_numbers(backend_and_dtype: tuple[Backend, torch.dtyp
 
 
 @pytest.mark.parametrize("size", [1e29, 1e31, 1e36])
-def test_logits_that_are_all_far_below_zero(backend: Backend, size: float) -> None:
+def test_logits_that_are_all_far_below_zero(selecting_backend: Backend, size: float) -> None:
     """They are still seen: the row is not an empty one."""
     mask = torch.ones(1, 40, 70, dtype=torch.bool).tril(30)
     p = make_problem(Layout.from_dense(mask, block=32), mask, heads=2, kv_heads=1, width=16)
     p = p.to(torch.float32)
     k = -size * (1 + 0.01 * torch.arange(70.0))[None, :, None, None].expand_as(p.k)
-    got = run(backend, replace(p, q=torch.ones_like(p.q), k=k))
+    got = run(selecting_backend, replace(p, q=torch.ones_like(p.q), k=k))
     # The first key has the largest logit, by so much that it has all the weight.
     torch.testing.assert_close(got.out, p.v[:, :1].expand_as(got.out))
     torch.testing.assert_close(got.lse, torch.full_like(got.lse, -4 * size), atol=0.0, rtol=1e-6)
@@ -98,26 +89,26 @@ def test_logits_that_are_all_far_below_zero(backend: Backend, size: float) -> No
 
 
 @pytest.mark.parametrize("softcap", [1e-30, 1e30])
-def test_the_smallest_and_the_largest_softcap(backend: Backend, softcap: float) -> None:
+def test_the_smallest_and_the_largest_softcap(selecting_backend: Backend, softcap: float) -> None:
     """With the one all seen keys weigh the same, with the other the cap changes nothing."""
     p = random_problem(2, 1, 1, 40, 40, 32, causal=True, width=16).to(torch.float32)
-    got = run(backend, replace(p, softcap=softcap))
+    got = run(selecting_backend, replace(p, softcap=softcap))
     if softcap > 1:
-        expected = run(backend, p)
+        expected = run(selecting_backend, p)
     else:
-        expected = run(backend, replace(p, q=torch.zeros_like(p.q)))
+        expected = run(selecting_backend, replace(p, q=torch.zeros_like(p.q)))
         assert not got.dq.abs().max() > 1e-20
     for name in ("out", "lse", "dv") if softcap < 1 else ("out", "lse", "dq", "dk", "dv"):
         assert close(getattr(got, name), getattr(expected, name)), name
 
 
-def test_a_sink_of_infinity_takes_all_the_weight(backend: Backend) -> None:
+def test_a_sink_of_infinity_takes_all_the_weight(selecting_backend: Backend) -> None:
     sinks = torch.tensor([torch.inf, 0.5, torch.inf, -torch.inf])
     p = random_problem(4, 2, 2, 50, 40, 32, causal=True, width=16).to(torch.float32)
-    got = run(backend, replace(p, sinks=sinks))
+    got = run(selecting_backend, replace(p, sinks=sinks))
     assert not got.out[:, :, ::2].any() and torch.all(got.lse[:, ::2] == torch.inf)
     assert not got.dq[:, :, ::2].any()
-    finite = run(backend, replace(p, sinks=torch.tensor([-torch.inf, 0.5, -torch.inf, -torch.inf])))
+    finite = run(selecting_backend, replace(p, sinks=torch.tensor([-torch.inf, 0.5, -torch.inf, -torch.inf])))
     for name in ("out", "dq"):
         assert close(getattr(got, name)[:, :, 1::2], getattr(finite, name)[:, :, 1::2]), name
     assert got.dk.isfinite().all() and got.dv.isfinite().all()
@@ -125,21 +116,21 @@ def test_a_sink_of_infinity_takes_all_the_weight(backend: Backend) -> None:
     assert close(got.dsinks[::2], p.dlse[:, ::2].sum((0, 2)))
 
 
-def test_the_gradient_of_the_lse_of_an_empty_row_is_not_used(backend: Backend) -> None:
+def test_the_gradient_of_the_lse_of_an_empty_row_is_not_used(selecting_backend: Backend) -> None:
     p = random_problem(2, 1, 1, 60, 40, 32, causal=True, width=16).to(torch.float32)
     empty = ~p.mask.any(-1)[None]
     assert empty.any()
-    expected, got = run(backend, p), run(backend, replace(p, dlse=p.dlse.masked_fill(empty, torch.nan)))
+    expected, got = run(selecting_backend, p), run(selecting_backend, replace(p, dlse=p.dlse.masked_fill(empty, torch.nan)))
     for name in ("dq", "dk", "dv"):
         assert close(getattr(got, name), getattr(expected, name)), name
     assert not got.dq.transpose(1, 2)[empty].any()
 
 
-def test_a_row_of_nan_has_an_lse_of_nan(backend: Backend) -> None:
+def test_a_row_of_nan_has_an_lse_of_nan(selecting_backend: Backend) -> None:
     """It is not taken for a row that sees nothing."""
     p = random_problem(2, 2, 2, 50, 50, 32, causal=True, width=16).to(torch.float32)
     k = p.k.clone()
     k[:, 40] = torch.nan
-    out, lse = backend.forward(p.q, k, p.v, p.layout, p.scoring)
+    out, lse = selecting_backend.forward(p.q, k, p.v, p.layout, p.scoring)
     seen = p.mask[..., 40][None]
     assert torch.equal(lse.isnan(), seen) and torch.equal(out.isnan().any(-1), by_query(seen))
