@@ -7,7 +7,6 @@ from s2attn.kernels.pieces.address import listed_tokens, load_rows, store_rows
 from s2attn.kernels.pieces.gradient import score_gradient
 from s2attn.kernels.pieces.masks import allowed_pairs
 from s2attn.kernels.pieces.scores import LOG2E, log2_logits
-from s2attn.kernels.pieces.softmax import finite_rows
 from s2attn.kernels.pieces.work import find_list, program_of, read_piece, slot_rows, store_slot
 
 UNCOUNTED = ["slots", "lines", "num_heads", "num_kv_heads", "layout_heads", "lse_batch", "lse_head"]
@@ -54,8 +53,6 @@ def dq_listed(
         logits = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
         dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
         _, ds = score_gradient(logits, dp, lse_log2[:, None], delta[:, None], allowed, cap_log2, CAPPED, MASKED or RB < BLOCK_N)
-        if MASKED:  # rows that see such a key have a delta of NaN
-            k_tile, _ = finite_rows(k_tile)  # [BLOCK_N, BLOCK_D]
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
     return dq
 

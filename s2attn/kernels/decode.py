@@ -14,7 +14,7 @@ from s2attn.kernels.pieces.pages import find_pages, from_float8, load_paged
 from s2attn.kernels.pieces.queries import LISTED, find_queries
 from s2attn.kernels.pieces.ranges import cut, find_output, program_of, range_begin
 from s2attn.kernels.pieces.scores import LOG2E, log2_logits
-from s2attn.kernels.pieces.softmax import masked_softmax_step, rescaled, sink_logit, softmax_begin, softmax_end, softmax_step
+from s2attn.kernels.pieces.softmax import rescaled, sink_logit, softmax_begin, softmax_end, softmax_step
 from s2attn.kernels.pieces.work import store_slot
 
 SIZES = ["batch", "tokens", "room", "q_len", "per", "max_pages", "num_pages", "lines", "outputs", "splits", "least", "lse_head"]
@@ -35,6 +35,35 @@ def find_row(lists, layout_head, row, lines, RB: tl.constexpr, BLOCK_N: tl.const
     codes = tl.load(code_at_ptr + layout_head.to(tl.int64) * lines + row)
     full_tiles = (full * RB + BLOCK_N - 1) // BLOCK_N
     return begin, codes, full, entries, full_tiles, full_tiles + ((entries - full) * RB + BLOCK_N - 1) // BLOCK_N
+
+
+@triton.jit
+def masked_softmax_step(acc, m_i, l_i, scores_log2, allowed, v_tile):
+    """`softmax_step` for a tile in which rows see different keys.
+
+    A weight of 0 does not keep a value of NaN or infinity out of a product, so such values are
+    replaced by 0, and the rows that see them get NaN.
+
+    Args:
+        scores_log2: -inf where a pair is not allowed.
+        allowed: whether each row sees each key.
+    """
+    v_tile, broken = finite_rows(v_tile)  # [BLOCK_N, BLOCK_DV], [BLOCK_N]
+    m_i, shift, keep = rescaled(m_i, tl.max(scores_log2, 1))  # [BLOCK_M]
+    p = tl.exp2(scores_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    l_i = l_i * keep + tl.sum(p, 1)  # [BLOCK_M]
+    p = tl.where(allowed & broken[None, :], float("nan"), p)  # [BLOCK_M, BLOCK_N]
+    acc = acc * keep[:, None]  # [BLOCK_M, BLOCK_DV]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def finite_rows(tile):
+    """A tile with 0 for NaN and infinity, and which of its rows had one."""
+    finite = tl.abs(tile) < float("inf")
+    broken = tl.max((~finite).to(tl.int32), 1) > 0
+    return tl.where(finite, tile, tl.zeros_like(tile)), broken
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 from s2attn.kernels.pieces.address import listed_tokens, load_rows, store_rows
 from s2attn.kernels.pieces.masks import allowed_pairs
 from s2attn.kernels.pieces.scores import log2_logits
-from s2attn.kernels.pieces.softmax import masked_softmax_step, sink_logit, softmax_begin, softmax_end, softmax_step
+from s2attn.kernels.pieces.softmax import sink_logit, softmax_begin, softmax_end, softmax_step
 from s2attn.kernels.pieces.work import find_list, program_of, read_piece, slot_rows, store_slot
 
 
@@ -28,10 +28,7 @@ def attend(
         scores = log2_logits(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), factor, cap_log2, CAPPED)
         if MASKED or RB < BLOCK_N:  # the last tile of several blocks may hold fewer than it has room for
             scores = tl.where(allowed, scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            acc, m_i, l_i = masked_softmax_step(acc, m_i, l_i, scores, allowed, v_tile)
-        else:
-            acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
+        acc, m_i, l_i = softmax_step(acc, m_i, l_i, scores, v_tile)
     return acc, m_i, l_i
 
 

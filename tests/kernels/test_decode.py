@@ -265,3 +265,16 @@ def test_a_captured_stream_is_served_by_who_does_not_look(monkeypatch):
     pools = torch.zeros(2, 1, 16, 2, 16)
     s2attn.store_kv(case.k[0][:3], case.v[0][:3], *pools, torch.tensor([99, 5, 5]))
     assert pools[0, 0, 5].any() and int(pools.any(-1).any(-1).sum()) == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_bad_numbers_reach_only_the_queries_that_see_them(value):
+    """Among several queries of one tile, which see different keys of its partial blocks."""
+    case = Case(Window(4), [(6, 30)], heads=2, kv_heads=1, page_size=16)
+    clean = case.run()
+    for kept, position in ((case.k, 27), (case.v, 28)):
+        kept[0][position] = value
+    out, lse = case.run()
+    before = slice(0, 3)  # positions 24 to 26
+    assert torch.equal(out[before], clean[0][before]) and torch.equal(lse[:, before], clean[1][:, before])
+    assert value == 3e38 or not out[4:].isfinite().any()

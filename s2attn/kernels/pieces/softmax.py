@@ -50,35 +50,6 @@ def softmax_step(acc, m_i, l_i, scores_log2, v_tile):
 
 
 @triton.jit
-def masked_softmax_step(acc, m_i, l_i, scores_log2, allowed, v_tile):
-    """`softmax_step` for a tile in which rows see different keys.
-
-    A weight of 0 does not keep a value of NaN or infinity out of a product, so such values are
-    replaced by 0, and the rows that see them get NaN.
-
-    Args:
-        scores_log2: -inf where a pair is not allowed.
-        allowed: whether each row sees each key.
-    """
-    v_tile, broken = finite_rows(v_tile)  # [BLOCK_N, BLOCK_DV], [BLOCK_N]
-    m_i, shift, keep = rescaled(m_i, tl.max(scores_log2, 1))  # [BLOCK_M]
-    p = tl.exp2(scores_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
-    l_i = l_i * keep + tl.sum(p, 1)  # [BLOCK_M]
-    p = tl.where(allowed & broken[None, :], float("nan"), p)  # [BLOCK_M, BLOCK_N]
-    acc = acc * keep[:, None]  # [BLOCK_M, BLOCK_DV]
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-    return acc, m_i, l_i
-
-
-@triton.jit
-def finite_rows(tile):
-    """A tile with 0 for NaN and infinity, and which of its rows had one."""
-    finite = tl.abs(tile) < float("inf")
-    broken = tl.max((~finite).to(tl.int32), 1) > 0
-    return tl.where(finite, tile, tl.zeros_like(tile)), broken
-
-
-@triton.jit
 def softmax_end(acc, m_i, l_i):
     """Output and natural-log lse of the running softmax; 0 and -inf for rows that have seen nothing."""
     empty = l_i == 0.0  # [BLOCK_M]; a sum of NaN is not empty
