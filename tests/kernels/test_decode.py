@@ -267,6 +267,7 @@ def test_a_captured_stream_is_served_by_who_does_not_look(monkeypatch):
     assert pools[0, 0, 5].any() and int(pools.any(-1).any(-1).sum()) == 2
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
 def test_bad_numbers_reach_only_the_queries_that_see_them(value):
     """Among several queries of one tile, which see different keys of its partial blocks."""

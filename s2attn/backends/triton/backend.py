@@ -37,6 +37,10 @@ Choose = Callable[[Situation, torch.device, bool], Tiles]
 class Triton(Backend):
     """Triton kernels on CUDA devices; under ``TRITON_INTERPRET=1`` also on the CPU, for tests.
 
+    Masks are selections: finite numbers of any size in a key reach only queries that see it. NaN and
+    infinity do not leave their block either, but in the attention kernels (not in decoding) they may
+    reach queries whose partial block holds such a key, although it is masked.
+
     Args:
         choose: the tiles for a situation, a device, and whether there is a soft-cap; by default the tuned table, then `choose_tiles`.
     """
