@@ -9,9 +9,8 @@
 #include <new>
 #include <vector>
 
-#include "float8.h"
 #include "gemm.h"
-#include "paged.h"
+#include "narrow.h"
 #include "pool.h"
 #include "rows.h"
 #include "work.h"
@@ -193,23 +192,30 @@ struct Run {
         if (next) ahead_k = ahead_of(call.k, *next, call.width);
         if (masked) seen_keys(tile);
         if (few) {
-            const Rows_ read = rows_of(call.k, tile, keys, call.width, width, k);
+            const Matrix from = rows_of(call.k, tile, keys, call.width, width, k, false);
             by_four(rows, [&](int64_t r, auto n) {
-                dot_rows<n>(q + r * width, width, read.data, read.stride, (int)keys, (int)width, s + r * TILE, ahead_v);
+                by_element(from.dtype, [&](auto e) {
+                    const auto* read = static_cast<const typename decltype(e)::type*>(from.data);
+                    dot_rows<n, decltype(e)>(q + r * width, width, read, from.row, (int)keys, (int)width, s + r * TILE, ahead_v);
+                });
             });
         } else {
             load_transposed(tile, keys);
             gemm_nn((int)rows, (int)keys, (int)call.width, q, width, k, TILE, s, TILE, &ahead_v);
         }
         softmax((int)keys, masked);
-        const Rows_ read = rows_of(call.v, tile, keys, call.v_width, v_width, v);
-        const float* values = read.data;
-        const int64_t ldv = read.stride;
+        const Matrix from = rows_of(call.v, tile, keys, call.v_width, v_width, v, masked || !few);
+        const float* values = static_cast<const float*>(from.data);
+        const int64_t ldv = from.row;
         if (masked && !finite(values, ldv, keys)) {
             weigh_broken(values, ldv, keys);
         } else if (few) {
             by_four(rows, [&](int64_t r, auto n) {
-                weigh_rows<n>(s + r * TILE, (int)keys, values, ldv, (int)v_width, o + r * v_width, v_width, factor + r, ahead_k);
+                by_element(from.dtype, [&](auto e) {
+                    const auto* read = static_cast<const typename decltype(e)::type*>(from.data);
+                    weigh_rows<n, decltype(e)>(
+                        s + r * TILE, (int)keys, read, ldv, (int)v_width, o + r * v_width, v_width, factor + r, ahead_k);
+                });
             });
         } else {
             for (int64_t r = 0; r < rows; r++)
@@ -218,17 +224,13 @@ struct Run {
         }
     }
 
-    struct Rows_ {
-        const float* data;
-        int64_t stride;
-    };
-
-    // Rows of a page in float32 with zeros up to a multiple of W columns: where they lie, or in `buffer`.
-    Rows_ rows_of(const Tensor& x, const Tile& tile, int64_t keys, int64_t columns, int64_t wide, float* buffer) const {
+    // Rows of a page with zeros up to a multiple of W columns: where they lie, or in float32 in `buffer`.
+    Matrix rows_of(const Tensor& x, const Tile& tile, int64_t keys, int64_t columns, int64_t wide, float* buffer,
+        bool float32) const {
         const Matrix from = page_rows(x, tile);
-        if (x.dtype == Float32 && from.column == 1 && columns == wide) return {static_cast<const float*>(from.data), from.row};
+        if (from.column == 1 && columns == wide && (x.dtype == Float32 || !float32)) return from;
         load_page(buffer, wide, x, from, keys, columns);
-        return {buffer, wide};
+        return {buffer, Float32, wide, 1};
     }
 
     Ahead ahead_of(const Tensor& x, const Tile& tile, int64_t columns) const {
@@ -244,26 +246,20 @@ struct Run {
     }
 
     void load_page(float* to, int64_t wide, const Tensor& x, Matrix from, int64_t keys, int64_t columns) const {
-        if (x.dtype != Float8) load_rows(to, wide, from, keys, columns);
-        for (int64_t i = 0; i < keys; i++) {
-            float* row = to + i * wide;
-            if (x.dtype == Float8) load_float8(row, static_cast<const uint8_t*>(from.data) + i * from.row, from.column, columns);
-            std::fill(row + columns, row + wide, 0.0f);
-        }
-    }
-
-    static void load_float8(float* to, const uint8_t* from, int64_t step, int64_t columns) {
-        int64_t d = 0;
-        if (step == 1)
-            for (; d + W <= columns; d += W) store(to + d, float8_to_float(from + d));
-        for (; d < columns; d += W) {
-            uint8_t bytes[W] = {};
-            const int64_t rest = std::min<int64_t>(W, columns - d);
-            for (int64_t i = 0; i < rest; i++) bytes[i] = from[(d + i) * step];
-            float numbers[W];
-            store(numbers, float8_to_float(bytes));
-            std::copy(numbers, numbers + rest, to + d);
-        }
+        by_element(x.dtype, [&](auto e) {
+            typedef typename decltype(e)::type type;
+            for (int64_t i = 0; i < keys; i++) {
+                const type* row = static_cast<const type*>(from.data) + i * from.row;
+                int64_t d = 0;
+                if (from.column == 1)
+                    for (; d + W <= columns; d += W) store(to + i * wide + d, decltype(e)::load(row + d));
+                for (; d < wide; d += W) {
+                    type rest[W] = {};
+                    for (int64_t j = 0; j < W && d + j < columns; j++) rest[j] = row[(d + j) * from.column];
+                    store(to + i * wide + d, decltype(e)::load(rest));
+                }
+            }
+        });
     }
 
     // Keys as [width, TILE].

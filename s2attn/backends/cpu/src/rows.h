@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "gemm.h"
-#include "vec.h"
+#include "narrow.h"
 
 namespace s2 {
 
@@ -40,19 +40,19 @@ inline void lane_sums(const V* x, float* to) {
 #endif
 }
 
-// s[r, k] = q[r] . k[k] for R rows and `keys` keys, a multiple of 16; `width` is one of W.
-template <int R>
-void dot_rows(const float* q, int64_t ldq, const float* k, int64_t ldk, int keys, int width, float* s, Ahead& ahead) {
+// s[r, k] = q[r] . k[k] for R rows and `keys` keys, a multiple of 16; `width` is one of W, and E what k is made of.
+template <int R, typename E>
+void dot_rows(const float* q, int64_t ldq, const typename E::type* k, int64_t ldk, int keys, int width, float* s, Ahead& ahead) {
     constexpr int N = R == 1 ? 16 : R == 2 ? 8 : 4;  // keys at a time
     for (int first = 0; first < keys; first += N) {
-        ahead.fetch(N * (width / W) * (int)sizeof(V) / 64);
+        ahead.fetch((N * width * (int)sizeof(*k) + 63) / 64);
         V sum[16] = {};
-        const float* row = k + first * ldk;
+        const auto* row = k + first * ldk;
         for (int d = 0; d < width; d += W) {
             V x[R];
             for (int r = 0; r < R; r++) x[r] = load(q + r * ldq + d);
             for (int n = 0; n < N; n++) {
-                const V y = load(row + n * ldk + d);
+                const V y = E::load(row + n * ldk + d);
                 for (int r = 0; r < R; r++) sum[r * N + n] = fma(x[r], y, sum[r * N + n]);
             }
         }
@@ -63,15 +63,15 @@ void dot_rows(const float* q, int64_t ldq, const float* k, int64_t ldk, int keys
 }
 
 // o[r] = o[r] * factor[r] + sum over k of p[r, k] v[k], for R rows and N vectors of the width.
-template <int R, int N>
-void weigh_columns(const float* p, int keys, const float* v, int64_t ldv, float* o, int64_t ldo, const float* factor, Ahead& ahead) {
+template <int R, int N, typename E>
+void weigh_columns(const float* p, int keys, const typename E::type* v, int64_t ldv, float* o, int64_t ldo, const float* factor, Ahead& ahead) {
     V sum[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sum[r][n] = load(o + r * ldo + n * W) * factor[r];
     for (int k = 0; k < keys; k++) {
-        ahead.fetch(N);
+        ahead.fetch((N * W * (int)sizeof(*v) + 63) / 64);
         V x[N];
-        for (int n = 0; n < N; n++) x[n] = load(v + k * ldv + n * W);
+        for (int n = 0; n < N; n++) x[n] = E::load(v + k * ldv + n * W);
         for (int r = 0; r < R; r++) {
             const V weight = set1(p[r * TILE + k]);
             for (int n = 0; n < N; n++) sum[r][n] = fma(weight, x[n], sum[r][n]);
@@ -81,11 +81,11 @@ void weigh_columns(const float* p, int keys, const float* v, int64_t ldv, float*
         for (int n = 0; n < N; n++) store(o + r * ldo + n * W, sum[r][n]);
 }
 
-template <int R>
-void weigh_rows(const float* p, int keys, const float* v, int64_t ldv, int width, float* o, int64_t ldo, const float* factor, Ahead& ahead) {
+template <int R, typename E>
+void weigh_rows(const float* p, int keys, const typename E::type* v, int64_t ldv, int width, float* o, int64_t ldo, const float* factor, Ahead& ahead) {
     int d = 0;
-    for (; d + 4 * W <= width; d += 4 * W) weigh_columns<R, 4>(p, keys, v + d, ldv, o + d, ldo, factor, ahead);
-    for (; d < width; d += W) weigh_columns<R, 1>(p, keys, v + d, ldv, o + d, ldo, factor, ahead);
+    for (; d + 4 * W <= width; d += 4 * W) weigh_columns<R, 4, E>(p, keys, v + d, ldv, o + d, ldo, factor, ahead);
+    for (; d < width; d += W) weigh_columns<R, 1, E>(p, keys, v + d, ldv, o + d, ldo, factor, ahead);
 }
 
 // `function(first, rows)` for groups of at most four rows, the number as a constant.

@@ -2,8 +2,7 @@
 #include <cstring>
 #include <new>
 
-#include "float8.h"
-#include "paged.h"
+#include "narrow.h"
 #include "pool.h"
 #include "work.h"
 
