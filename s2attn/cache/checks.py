@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from s2attn.core import Unsupported, bad_kind, bad_value
+from s2attn.ops.checks import autocast_to_pages
 from s2attn.ops.step import LayerCall
 from s2attn.patterns import Pattern
 
@@ -27,7 +28,7 @@ def check_new(k: Tensor, v: Tensor, pools: tuple[Tensor, Tensor], num_kv_heads: 
         rule = f"({'total' if axes == 3 else 'batch, tokens'}, {num_kv_heads}, {pages.shape[-1]})"
         if new.dim() != axes or tuple(new.shape[-2:]) != (num_kv_heads, pages.shape[-1]) or new.shape[:-2] != k.shape[:-2]:
             raise bad_value(name, f"must have shape {rule}", tuple(new.shape))
-        if new.dtype != pages.dtype:
+        if autocast_to_pages(new, pages).dtype != pages.dtype:
             raise TypeError(f"{name} must have the dtype of the cache, {pages.dtype}; got {new.dtype}")
         if new.device != pages.device:
             raise bad_value(name, f"must lie on the device of the cache, {pages.device}", new.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from s2attn.core import bad_kind, bad_value
 from s2attn.distributed.heads import head_range
 from s2attn.ops import attention
-from s2attn.ops.checks import check_tensors
+from s2attn.ops.checks import autocast, check_tensors
 from s2attn.patterns import Pattern
 
 
@@ -55,6 +55,7 @@ def ulysses_attention(
         raise bad_value("heads", "must be left out: every process holds all heads of its tokens", options["heads"])
     packed = options.get("cu_seqlens_q") is not None
     check_tensors(q, k, v, packed)
+    q, k, v = autocast(q, k, v)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     heads = head_range(rank, ranks, num_heads=q.shape[-2], num_kv_heads=k.shape[-2])
     tokens_q, tokens_k = _tokens(q, k, v, ranks, group, packed) if validate else ((q.shape[-3],) * ranks, (k.shape[-3],) * ranks)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import check_cu_seqlens, check_heads, check_layout, check_scale, check_sinks, check_softcap, check_tensors
+from s2attn.ops.checks import autocast, check_cu_seqlens, check_heads, check_layout, check_scale, check_sinks, check_softcap, check_tensors
 from s2attn.ops.register import attention_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
@@ -42,6 +41,7 @@ def attention(
 
     Args:
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides. All of q, k, v may be DTensors that are cut by heads or by batch.
+            One dtype; under autocast they are cast first, as for torch's own attention.
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
         pattern: which keys are seen: a `Pattern`; a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply); or a
             selector such as `XAttention`, which chooses for every sample of the batch (``block``, ``heads`` then do not apply).
@@ -130,12 +130,3 @@ def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, h
         check_block("block", block)
     check_heads(heads, q)
     return pattern_text(pattern, block, bool(causal), check_int("layer", layer, 0), heads)
-
-
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast attention runs in the autocast dtype, as torch's own does; float64 is left alone."""
-    device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -11,8 +11,36 @@ from s2attn.core import bad_kind, bad_value
 from s2attn.layout import HeadRange, Layout
 
 
+def is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor: it casts floating point tensors, but leaves float64."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return False
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return enabled and tensor.dtype != torch.float64
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast runs attention on a tensor; its own dtype where it is not cast."""
+    return torch.get_autocast_dtype(tensor.device.type) if is_cast(tensor) else tensor.dtype
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype in which autocast runs attention."""
+    return tuple(tensor.to(autocast_dtype(tensor)) for tensor in tensors)
+
+
+def autocast_to_pages(new: Tensor, *pages: Tensor) -> Tensor:
+    """Under autocast, queries, keys or values in the dtype of the pages that they meet.
+
+    Casting the pages instead would copy the whole cache. float8 pages meet any dtype.
+    """
+    wide = [x.dtype for x in pages if isinstance(x, Tensor) and x.dtype != torch.float8_e4m3fn]
+    return new.to(wide[0]) if is_cast(new) and wide and wide[0].is_floating_point else new
+
+
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    """Kinds, dtypes, devices and shapes of q, k, v.
+    """Kinds, dtypes, devices and shapes of q, k, v; under autocast the dtypes after its cast.
 
     Raises:
         TypeError: not a tensor, not floating point, or dtypes that differ.
@@ -26,7 +54,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             raise bad_value(name, f"must have shape {axes}", tuple(tensor.shape))
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating point dtype; got {tensor.dtype}")
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != q.dtype and autocast_dtype(tensor) != autocast_dtype(q):
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}; got {tensor.dtype}")
         if tensor.device != q.device:
             raise bad_value(name, f"must lie on the device of q, {q.device}", tensor.device)

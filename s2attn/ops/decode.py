@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
 from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import check_heads, check_layout_place, check_scale, check_sinks, check_softcap
+from s2attn.ops.checks import autocast_to_pages, check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
@@ -76,6 +76,7 @@ def decode(
     >>> s2attn.decode(q, k_pages, v_pages, s2attn.Window(64), block_table=table, seq_lens=torch.tensor([150])).shape
     torch.Size([1, 1, 8, 32])
     """
+    q = autocast_to_pages(q, k_pages, v_pages)
     check_paged_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
     check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)
     for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from s2attn.backends.checks import exact_arithmetic
 from s2attn.core import check_int
-from s2attn.ops.checks import check_scale, check_softcap, check_tensors
+from s2attn.ops.checks import autocast, check_scale, check_softcap, check_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,7 @@ def last_queries(q: Tensor, k: Tensor, *, n: int = 64, scale: float | None = Non
     ([[10.0, 10.0, 10.0, 10.0]], [[10.0, 10.0, 10.0, 10.0]])
     """
     check_tensors(q, k, k, packed=False)
+    q, k = autocast(q, k)
     queries = min(check_int("n", n, 1), q.shape[1])
     factor, cap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     (batch, _, heads, _), seqlen_k, kv_heads = q.shape, k.shape[1], k.shape[2]

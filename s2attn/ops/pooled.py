@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from s2attn.backends.checks import exact_arithmetic
 from s2attn.core import check_block
-from s2attn.ops.checks import check_scale, check_softcap, check_tensors
+from s2attn.ops.checks import autocast, check_scale, check_softcap, check_tensors
 
 _AT_ONCE = 1 << 22  # logits of one sample that are in memory together
 
@@ -28,6 +28,7 @@ def mean_pool(
         ``(B, H, query blocks, key blocks)`` float32; rows that see a key sum to 1.
     """
     check_tensors(q, k, k, packed=False)
+    q, k = autocast(q, k)
     check_block("block", block)
     factor, cap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     with exact_arithmetic(q.device):
@@ -75,6 +76,7 @@ def bound_mass(
         ``(B, H, query blocks, key blocks)`` float32: the sum over the queries of a block, each of whose rows sums to 1.
     """
     check_tensors(q, k, k, packed=False)
+    q, k = autocast(q, k)
     check_block("block", block)
     factor, cap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     low, high = key_bounds(k, block=block) if bounds is None else bounds

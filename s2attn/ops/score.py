@@ -14,7 +14,7 @@ from torch import Tensor
 from s2attn.backends import Reduction, pick_mass
 from s2attn.backends.checks import exact_arithmetic
 from s2attn.core import bad_kind, bad_value, check_block, check_int
-from s2attn.ops.checks import check_scale, check_softcap, check_tensors
+from s2attn.ops.checks import autocast, check_scale, check_softcap, check_tensors
 
 _library = torch.library.Library("s2attn", "FRAGMENT")
 _library.define("antidiagonal(Tensor q, Tensor k, int stride, int block, bool causal, float scale, float softcap, str backend) -> Tensor")
@@ -59,6 +59,7 @@ def antidiagonal(
     tensor([4., 4., 4., 4.])
     """
     check_tensors(q, k, k, packed=False)
+    q, k = autocast(q, k)
     check_block("block", block)
     if block % check_int("stride", stride, 1):
         raise bad_value("stride", f"must divide block ({block})", stride)

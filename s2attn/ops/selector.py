@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s2attn.core import Unsupported, check_block, check_int
 from s2attn.layout import Layout, from_blocks, read_cu_seqlens
-from s2attn.ops.checks import check_cu_seqlens, check_scale, check_softcap, check_tensors
+from s2attn.ops.checks import autocast, check_cu_seqlens, check_scale, check_softcap, check_tensors
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Selector(ABC):
         """
         given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
         check_tensors(q, k, k, packed=bool(given))
+        q, k = autocast(q, k)
         call = Call(bool(causal), check_scale(scale, q.shape[-1]), check_softcap(softcap), check_int("layer", layer, 0), backend)
         self._check_call(q, call)
         if given:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from s2attn.backends import Writes, pick_store
 from s2attn.core import bad_kind, bad_value
+from s2attn.ops.checks import autocast_to_pages
 from s2attn.ops.decode import check_page_scale, check_pages
 from s2attn.ops.looks import may_look
 
@@ -43,6 +44,7 @@ def store_kv(
     >>> k_pages[..., 0].sum((1, 2)).tolist()
     [1.0, 1.0, 0.0, 0.0]
     """
+    k, v = autocast_to_pages(k, k_pages), autocast_to_pages(v, v_pages)
     _check(k, v, k_pages, v_pages, slot_mapping)
     check_page_scale("k_scale", k_scale, k_pages)
     check_page_scale("v_scale", v_scale, v_pages)
