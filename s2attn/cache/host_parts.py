@@ -43,5 +43,4 @@ def split_by_page(layout: Layout, away: Tensor, page_size: int) -> tuple[Layout,
 def _like(layout: Layout, heads: list[Entries]) -> Layout:
     index = index_from(heads, list(range(len(heads))), layout.rows.lines, layout.rows)
     part = Layout(layout.block, True, index, layout.tiles, layout.q_spans, layout.k_spans, True, layout.seqlen_q, layout.seqlen_k)
-    part.__dict__["checked"] = part  # some entries of a layout that holds its invariants
-    return part
+    return part.proven()  # some entries of a layout that holds its invariants

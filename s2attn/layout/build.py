@@ -237,8 +237,7 @@ def _build(resolved: Sequence[Pattern], lengths_q: list[int], lengths_k: list[in
         first_block.append(first_block[-1] + -(-length_k // block))
     index = _index_of(heads, first_block[:-1], [unique.index(pattern) for pattern in resolved])
     layout = Layout(block, causal, index, tiles.tensor(), q_spans, k_spans, packed)
-    layout.__dict__["checked"] = layout  # holds its invariants by construction, which tests prove
-    return layout
+    return layout.proven()  # holds its invariants by construction, which tests prove
 
 
 def _sequence(patterns: list[Pattern], length_q: int, length_k: int, block: int, causal: bool, tiles: TileTable) -> list[Lists]:

@@ -92,6 +92,10 @@ class Spans:
         """Tokens on this axis."""
         return int(self.start[-1] + self.length[-1]) if len(self) else 0
 
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.start.element_size() * len(self)
+
     def tensors(self) -> list[Tensor]:
         return [self.start, self.length, self.seq, self.pos]
 

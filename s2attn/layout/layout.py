@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from s2attn.core import bad_value
+from s2attn.layout.derived import Derived
 from s2attn.layout.index import BlockIndex, Spans
+
+T = TypeVar("T")
 
 _LIVE: WeakValueDictionary[int, Layout] = WeakValueDictionary()
 """Layouts by the identity of their first tensor: an op that is handed tensors finds the object, and what is cached on it."""
@@ -62,6 +67,10 @@ class Layout:
                 object.__setattr__(self, name, spans.total)
         _LIVE[id(self.rows.ptr)] = self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies derive what they need anew.
+        return Layout, tuple(getattr(self, field.name) for field in fields(self))
+
     @property
     def heads(self) -> int:
         return self.rows.heads
@@ -72,22 +81,55 @@ class Layout:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes held by rows and mask tiles (columns are made on first use)."""
+        """Bytes of rows and mask tiles, without what is derived from them."""
         return self.rows.nbytes + self.tiles.numel() * self.tiles.element_size()
 
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of everything that lives as long as the layout: rows, tiles, spans, and what was derived so far."""
+        return self.nbytes + self.q_spans.nbytes + self.k_spans.nbytes + self.derived.nbytes
+
     @cached_property
+    def derived(self) -> Derived:
+        """Where everything is kept that is derived from this layout: see :meth:`derive`."""
+        return Derived(self.tensors(), self.nbytes)
+
+    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make()`` returns, made on first use and kept with the layout.
+
+        Backends keep here what their kernels read of a layout, and nowhere else: it is counted
+        in :attr:`nbytes_held`, the least recently used is dropped when it becomes too much, and
+        all of it is freed with the layout. So a value must not hold the layout itself, nor grow
+        after it was made; derive its parts under keys of their own instead.
+
+        Args:
+            key: all that the value depends on besides the layout, beginning with who asks:
+                ``("cpu", heads, kv_heads)``.
+            make: takes no arguments; may derive other values.
+
+        >>> from s2attn.layout import build_layout
+        >>> from s2attn.patterns import Dense
+        >>> layout = build_layout(Dense(), num_heads=1, seqlen_q=64)
+        >>> before = layout.nbytes_held
+        >>> counts = layout.derive(("mine", "counts"), lambda: layout.rows.counts)
+        >>> layout.nbytes_held - before, layout.derive(("mine", "counts"), lambda: None) is counts
+        (8, True)
+        """
+        return self.derived.get(key, make)
+
+    @property
     def columns(self) -> BlockIndex:
-        """The same entries by key block (CSC): for each (head, key block) the query blocks. Made once, on first use."""
+        """The same entries by key block (CSC): for each (head, key block) the query blocks. Derived on first use."""
         from s2attn.layout.transpose import transpose_index
 
-        return transpose_index(self.rows, len(self.k_spans))
+        return self.derive("columns", lambda: transpose_index(self.rows, len(self.k_spans)))
 
-    @cached_property
+    @property
     def pairs(self) -> Tensor:
         """Allowed (query, key) pairs per head, ``(heads,)`` int64."""
         from s2attn.layout.count import count_pairs
 
-        return count_pairs(self)
+        return self.derive("pairs", lambda: count_pairs(self))
 
     def tensors(self) -> list[Tensor]:
         """Everything as a flat list, heads first; :meth:`from_tensors` is its inverse."""
@@ -102,10 +144,15 @@ class Layout:
         index, tiles, q_spans, k_spans = tensors[:5], tensors[5], tensors[6:10], tensors[10:14]
         return cls(tiles.shape[-1], causal, BlockIndex(*index), tiles, Spans(*q_spans), Spans(*k_spans), packed)
 
-    @cached_property
+    @property
     def checked(self) -> Layout:
         """Self, once :meth:`validate` has passed: what an op asks before it walks a layout that somebody handed in."""
-        return self.validate()
+        return self if "_proven" in self.__dict__ else self.validate()
+
+    def proven(self) -> Layout:
+        """Self, marked as a layout that holds its invariants: for code whose tests prove it."""
+        self.__dict__["_proven"] = True
+        return self
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device (itself when it lies there already)."""
@@ -113,9 +160,7 @@ class Layout:
             return self
         parts = (self.rows.to(device), self.tiles.to(device), self.q_spans.to(device), self.k_spans.to(device))
         moved = Layout(self.block, self.causal, *parts, self.packed, self.seqlen_q, self.seqlen_k)
-        if "checked" in self.__dict__:
-            moved.__dict__["checked"] = moved
-        return moved
+        return moved.proven() if "_proven" in self.__dict__ else moved
 
     def to_dense(self, head: int | None = None) -> Tensor:
         """The bool mask ``(heads, seqlen_q, seqlen_k)``, or of one head without the first axis: for tests and small drawings."""
@@ -143,7 +188,7 @@ class Layout:
         broken = broken_invariant(self)
         if broken is not None:
             raise bad_value("layout", f"must hold its invariants ({broken[0]})", broken[1])
-        return self
+        return self.proven()
 
     def __repr__(self) -> str:
         shape = f"heads={self.heads}, seqlen_q={self.seqlen_q}, seqlen_k={self.seqlen_k}, block={self.block}"

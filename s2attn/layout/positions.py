@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from s2attn.layout.layout import Layout
 
 UNIT = 16
 """Tokens that are looked at together: every page and every block is a multiple of it."""
-_some: WeakKeyDictionary[Layout, Tensor] = WeakKeyDictionary()
-_same: WeakKeyDictionary[Layout, list[int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +90,17 @@ def seen_units(layout: Layout, lines: Lines, listed: Listed) -> Tensor:
 
 def _same_lists(layout: Layout) -> list[int]:
     """For every head the first one with the same lists."""
-    made = _same.get(layout)
-    if made is None:
-        made = _same[layout] = first_with_same_lists(layout.rows)
-    return made
+    return layout.derive("same lists", lambda: first_with_same_lists(layout.rows))
 
 
 def _some_seen(layout: Layout) -> Tensor:
     """For each mask tile how many of the queries before each place see some key of each unit: ``(tiles, block + 1, units)``."""
-    made = _some.get(layout)
-    if made is None:
+
+    def make() -> Tensor:
         seen = layout.tiles.unflatten(2, (-1, UNIT)).any(-1)
-        made = _some[layout] = torch.nn.functional.pad(seen.to(torch.int32).cumsum(1), (0, 0, 1, 0))
-    return made
+        return torch.nn.functional.pad(seen.to(torch.int32).cumsum(1), (0, 0, 1, 0))
+
+    return layout.derive("seen units", make)
 
 
 def take_lines(layout: Layout, lines: Lines, total_q: int) -> Layout:
@@ -131,8 +126,7 @@ def take_lines(layout: Layout, lines: Lines, total_q: int) -> Layout:
     start, length, seq = lines.query, lines.high - lines.low, torch.arange(len(ends), device=device)
     q_spans = Spans(*(part.int() for part in (start, length, seq, lines.row * block + lines.low)))
     made = Layout(block, True, index, tiles, q_spans, k_spans, True, total_q, int(ends.sum()))
-    made.__dict__["checked"] = made  # the lists of a layout that holds its invariants
-    return made
+    return made.proven()  # the lists of a layout that holds its invariants
 
 
 def _moved_tiles(layout: Layout, lines: Lines, kept: list[Listed]) -> tuple[Tensor, list[Tensor]]:

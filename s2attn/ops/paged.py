@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from s2attn.backends import Backend, Pages, Requests, Scoring, pick_paged
-from s2attn.backends.checks import exact_arithmetic, is_captured, lse_dtype
+from s2attn.backends.checks import exact_arithmetic, lse_dtype
 from s2attn.layout import Layout
 from s2attn.layout.positions import query_lines, take_lines
 from s2attn.ops.looks import Numbers, check_listed, check_sequences, cumulative_keys, may_look, read_lengths
-from s2attn.ops.source import CallSizes, block_for, find_layout, layout_of, with_block
+from s2attn.ops.source import CallSizes, block_for, find_layout, keep_captured, layout_of, with_block
 
 MOST_BY_POSITION = 16
 """New tokens of a sequence for which its rows of a square layout are taken one by one; longer prompts merge neighbouring rows."""
@@ -27,8 +27,6 @@ LONGEST_BY_POSITION = 1 << 17
 _KEEP_TAKEN = 4
 _taken: WeakKeyDictionary[Layout, OrderedDict[tuple[Numbers, Numbers], tuple[Layout, Tensor]]] = WeakKeyDictionary()
 _lock = Lock()
-_captured: set[Layout] = set()
-"""Layouts whose addresses CUDA graphs hold: kept for good, since nobody says when a graph is gone."""
 
 _library = torch.library.Library("s2attn", "FRAGMENT")
 _library.define(
@@ -70,8 +68,7 @@ def _decode(
         out, lse = _empty_results(q, v_pages)
         return out.zero_(), lse.fill_(-torch.inf) if floor is None else lse.copy_(floor[:, None])
     layout, pages = prepared
-    if is_captured(q):
-        _captured.add(layout)
+    keep_captured(layout, q)
     with exact_arithmetic(q.device):
         out, lse = chosen.forward_paged(q, pages, requests, layout, Scoring(scale, softcap or None, floor))
     return out.contiguous(), lse.contiguous()

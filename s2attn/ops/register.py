@@ -14,7 +14,7 @@ from torch import Tensor
 from s2attn.backends import Scoring, pick
 from s2attn.backends.checks import exact_arithmetic, lse_dtype
 from s2attn.core import Unsupported
-from s2attn.ops.source import find_layout
+from s2attn.ops.source import find_layout, keep_captured
 
 _library = torch.library.Library("s2attn", "DEF")
 # A softcap of 0 stands for none, and so does an empty gradient of sinks that were not given.
@@ -53,6 +53,7 @@ def _forward(
     if not q.numel() or not k.numel() or not v.numel():
         out, lse = _empty_results(q, v)
         return out.zero_(), lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks[:, None])
+    keep_captured(layout, q)
     out, lse = chosen.forward(q, k, v, layout, _scoring(q, sinks, scale, softcap))
     return out.contiguous(), lse.contiguous()
 
@@ -77,6 +78,7 @@ def _backward(
     if not q.numel() or not k.numel() or not v.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
     layout = find_layout(source, index, q, k)
+    keep_captured(layout, q)
     scoring = _scoring(q, sinks, scale, softcap)
     grads = pick(backend, q, k, v).backward(dout, dlse, q, k, v, out, lse, layout, scoring)
     dq, dk, dv = (grad.contiguous() for grad in grads)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from s2attn.backends.checks import is_captured
 from s2attn.core import BLOCKS, bad_value
 from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout_heads, read_cu_seqlens
 from s2attn.patterns import Pattern
@@ -30,6 +31,7 @@ _layouts: OrderedDict[tuple, Layout] = OrderedDict()
 _shared: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
 """The same layouts by what they were made of: layers whose heads have equal patterns use one."""
 _numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_captured: set[Layout] = set()
 _KEEP_LAYOUTS = 256
 _KEEP_BYTES = 2 << 30
 
@@ -99,15 +101,30 @@ def layout_of(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...] 
             _layouts.move_to_end(key)
             return found
     made = _build(text, sizes, lengths)
+    made.derived.grown = _drop_old
     with _lock:
         _layouts[key] = made
-        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or _kept_bytes() > _KEEP_BYTES):
-            _layouts.popitem(last=False)
+    _drop_old()
     return made
 
 
-def _kept_bytes() -> int:
-    return sum({id(layout): layout.nbytes for layout in _layouts.values()}.values())
+def _drop_old() -> None:
+    """Drop the least recently used layouts until the rest, with all that is derived from them, keeps to the bounds."""
+    with _lock:
+        while len(_layouts) > 1 and (len(_layouts) > _KEEP_LAYOUTS or layout_bytes() > _KEEP_BYTES):
+            _layouts.popitem(last=False)
+
+
+def layout_bytes() -> int:
+    """Bytes of all layouts that calls have built and that are kept, with what is derived from them, on all devices."""
+    return sum(layout.nbytes_held for layout in set(_layouts.values()))
+
+
+def keep_captured(layout: Layout, *tensors: Tensor) -> None:
+    """Keep a layout for good while work on ``tensors`` is captured: a CUDA graph holds addresses, and nobody says when it is gone."""
+    if is_captured(*tensors):
+        layout.derived.pin()
+        _captured.add(layout)
 
 
 def _with_heads(text: str, numbers: Tensor, count: int) -> str:
@@ -173,6 +190,14 @@ def _read_pattern(spec: str) -> Pattern:
 
 
 def forget_layouts() -> None:
-    """Drop all layouts that calls have built, and give their memory back."""
+    """Drop all layouts that calls have built from patterns, and all that is derived from them.
+
+    Kept are the 256 least recently used ones at most, 2 GiB with what backends derive from them.
+    Layouts that somebody else holds, and those of captured CUDA graphs, live on.
+
+    >>> forget_layouts()
+    >>> layout_bytes()
+    0
+    """
     with _lock:
         _layouts.clear()

@@ -11,7 +11,7 @@ import torch
 import s2attn
 from s2attn import Local
 from s2attn.layout import Layout
-from s2attn.ops import looks, paged
+from s2attn.ops import looks, paged, source
 from s2attn.ops.source import forget_layouts
 
 
@@ -28,8 +28,8 @@ def test_what_a_graph_points_to_is_kept(captured: bool, monkeypatch: pytest.Monk
         return layout
 
     monkeypatch.setattr(paged, "layout_by_position", watched)
-    monkeypatch.setattr(paged, "_captured", set())
-    for module in (looks, paged):
+    monkeypatch.setattr(source, "_captured", set())
+    for module in (looks, source):
         monkeypatch.setattr(module, "is_captured", lambda *tensors: captured)
     q, pages = torch.randn(1, 1, 2, 16), torch.randn(4, 16, 1, 16)
     where = {"block_table": torch.arange(4)[None], "seq_lens": torch.tensor([50])}
@@ -37,3 +37,9 @@ def test_what_a_graph_points_to_is_kept(captured: bool, monkeypatch: pytest.Monk
     forget_layouts()
     gc.collect()
     assert [layout() is not None for layout in made] == [captured]
+    if captured:  # nothing that kernels read of it is dropped either, whatever else is derived
+        (layout,) = source._captured
+        held = len(layout.derived)
+        layout.derived.limit = 0
+        layout.derive("more", lambda: torch.zeros(9))
+        assert len(layout.derived) == held + 1
