@@ -92,6 +92,13 @@ class Spans:
         """Tokens on this axis."""
         return int(self.start[-1] + self.length[-1]) if len(self) else 0
 
+    def sequences(self) -> list[int]:
+        """Tokens of each sequence, up to the last one that has any; waits for the device."""
+        if not len(self):
+            return []
+        seq, length = self.seq.long().cpu(), self.length.long().cpu()
+        return torch.zeros(int(seq[-1]) + 1, dtype=torch.int64).index_add_(0, seq, length).tolist()
+
     @property
     def nbytes(self) -> int:
         return 4 * self.start.element_size() * len(self)

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout
-from s2attn.ops.checks import autocast, check_cu_seqlens, check_heads, check_layout, check_scale, check_sinks, check_softcap, check_tensors
+from s2attn.ops.checks import (
+    autocast,
+    check_cu_seqlens,
+    check_heads,
+    check_layout,
+    check_scale,
+    check_sinks,
+    check_softcap,
+    check_tensors,
+    own_lengths,
+)
 from s2attn.ops.register import attention_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
@@ -21,7 +31,7 @@ def attention(
     v: Tensor,
     pattern: Pattern | Layout | Selector,
     *,
-    causal: bool = True,
+    causal: bool | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -45,12 +55,13 @@ def attention(
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
         pattern: which keys are seen: a `Pattern`; a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply); or a
             selector such as `XAttention`, which chooses for every sample of the batch (``block``, ``heads`` then do not apply).
-        causal: cut keys after the query.
+        causal: cut keys after the query, True by default. A `Layout` is causal or not by itself: what is given must say the same.
         scale: factor on q.k; ``D ** -0.5`` by default.
         softcap: bound on logits: ``x = scale * q.k`` becomes ``softcap * tanh(x / softcap)``, before the mask (as in Gemma 2).
         sinks: ``(H,)``, any floating dtype: one logit for each query head, which joins the softmax denominator and has no value (as in
             gpt-oss). Not the pattern `Sink`. When partial results are going to be merged, give the sinks to exactly one part.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(sequences + 1,)`` cumulative lengths of packed sequences, on any device. Every call
+            reads them, since memory may change unseen: on a GPU it waits for the device, so give them on the CPU.
         return_lse: return ``(out, lse)``.
         block: tokens per block of the layout that is built from a pattern; by default the pattern's finest grid, at most 128, or 64.
         layer: number of the layer, for patterns that differ by layer.
@@ -70,9 +81,11 @@ def attention(
     >>> s2attn.attention(q, k, v, s2attn.Sink(4) | s2attn.Window(64)).shape
     torch.Size([1, 256, 4, 32])
     """
-    given = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
+    given = own_lengths(check_cu_seqlens(cu_seqlens_q, cu_seqlens_k))
     packed = bool(given)
     check_tensors(q, k, v, packed)
+    if causal is not None and not isinstance(causal, bool):
+        raise bad_kind("causal", "must be True, False or None", causal)
     scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     check_sinks(sinks, q)
     if not isinstance(backend, str):
@@ -85,16 +98,17 @@ def attention(
     if isinstance(pattern, Selector):
         if block is not None or heads is not None:
             raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
-        cut: Any = {"causal": causal, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
-        layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        cut: Any = {"causal": causal is not False, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
+        cu_q, cu_k = given or (None, None)
+        layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         source, index = layout_text(layout), layout.tensors()
     elif layout is not None:
         if block is not None or layer or heads is not None:
             raise bad_value("block, layer and heads", "must be left out when a Layout is given", (block, layer, heads))
         check_layout(layout, q, k, causal, packed)
-        source, index = layout_text(layout), layout.tensors()
+        source, index = layout_text(layout), layout.tensors() + given
     else:
-        source, index = _pattern_source(pattern, block, causal, layer, heads, q), given
+        source, index = _pattern_source(pattern, block, causal is not False, layer, heads, q), given
     batch = q.shape[0]
     joined = layout is not None and layout.packed and not packed  # samples that differ in their blocks run as sequences of one call
     if joined:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from s2attn.core import bad_kind, bad_value
+from s2attn.backends.checks import is_captured
+from s2attn.core import Unsupported, bad_kind, bad_value
 from s2attn.layout import HeadRange, Layout
 
 
@@ -133,7 +134,25 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -
     return [cu_seqlens_q, cu_seqlens_k]
 
 
-def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: bool) -> None:
+def own_lengths(given: list[Tensor]) -> list[Tensor]:
+    """Copies of cumulative lengths on the CPU, which no one else writes to: forward and backward read the same numbers.
+
+    Whether memory has changed cannot be known without reading it: torch does not see writes of NumPy, other processes, other
+    libraries and CUDA graphs. So nothing that was read in an earlier call is used again.
+
+    Raises:
+        Unsupported: lengths on a GPU while work is captured into a CUDA graph.
+    """
+    if not given:
+        return given
+    if not torch.compiler.is_compiling() and is_captured(*given):
+        why = "cu_seqlens lie on the GPU, and a stream that is being captured cannot wait for them: give them on the CPU"
+        raise Unsupported("packed sequences cannot be captured into a CUDA graph", {"attention": [why]})
+    first = given[0].detach().to("cpu", copy=True)
+    return [first, first if given[1] is given[0] else given[1].detach().to("cpu", copy=True)]
+
+
+def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool | None, packed: bool) -> None:
     """An explicit layout against the call: lengths, heads, device, causality, packing."""
     seq = 0 if packed else 1
     if layout.packed != packed:
@@ -145,8 +164,9 @@ def check_layout(layout: Layout, q: Tensor, k: Tensor, causal: bool, packed: boo
         came = f"({layout.seqlen_q}, {layout.seqlen_k})"
         raise bad_value("layout", f"must have the lengths of q and k, ({q.shape[seq]}, {k.shape[seq]})", came)
     check_layout_place(layout, q)
-    if causal and not layout.causal:
-        raise bad_value("layout", "must be causal, or causal=False be passed", "a layout that lists keys after their query")
+    if causal is not None and causal != layout.causal:
+        rule = f"must be left out or {layout.causal}, as the layout is: it was built so"
+        raise bad_value("causal", rule, causal)
 
 
 def check_layout_place(layout: Layout, q: Tensor) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from s2attn.core import Unsupported, bad_kind, bad_value
 from s2attn.layout import HeadRange
@@ -24,8 +23,6 @@ from s2attn.ops.source import with_named_heads
 from s2attn.patterns import Pattern
 
 _BATCH, _HEADS = 0, 2
-_repeated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Lengths of packed sequences as they were given -> the same on a mesh, so that they are read once."""
 
 
 def check(q: Any, k: Any, v: Any, sinks: Any, pattern: Any, heads: HeadRange | None) -> None:
@@ -84,11 +81,7 @@ _kept_head_numbers: Any = lru_cache(maxsize=64)(_head_numbers)
 def _on_mesh(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor
-    known = _repeated.get(tensor)
-    if known is None or known[0] != (mesh, tensor._version):
-        spread = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        known = _repeated[tensor] = ((mesh, tensor._version), spread)
-    return known[1]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 class _Ways:

@@ -7,9 +7,9 @@ but that text and works for every length; an explicit layout travels as its tens
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,13 +24,16 @@ from s2attn.layout import HeadRange, Layout, build_layout, default_block, layout
 from s2attn.patterns import Pattern
 
 LAYOUT_TEXT = "layout"
+LAYOUT_TENSORS = 14
+"""Tensors of a layout; the cumulative lengths of the call follow them."""
 HEADS_TEXT = "heads;"
 
 _lock = Lock()
 _layouts: OrderedDict[tuple, Layout] = OrderedDict()
 _shared: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
 """The same layouts by what they were made of: layers whose heads have equal patterns use one."""
-_numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_heads_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Numbers of heads that were read, by their tensor. Only `s2attn.ops.sharded` makes such tensors, and nothing writes to them."""
 _captured: set[Layout] = set()
 _KEEP_LAYOUTS = 256
 _KEEP_BYTES = 2 << 30
@@ -82,14 +85,26 @@ def find_layout(text: str, index: list[Tensor], q: Tensor, k: Tensor) -> Layout:
     """The layout for a call of the op on q ``(B, T, H, D)`` and k ``(B, S, G, D)``; built when it is new, and checked when it was given."""
     if text.startswith(LAYOUT_TEXT):
         _, causal, packed = text.split(";")
-        return Layout.from_tensors(index, causal=causal == "1", packed=packed == "1").checked
+        layout = Layout.from_tensors(index[:LAYOUT_TENSORS], causal=causal == "1", packed=packed == "1").checked
+        _check_sequences(layout, index[LAYOUT_TENSORS:])
+        return layout
     if text.startswith(HEADS_TEXT):
         text, index = _with_heads(text, index[-1], q.shape[2]), index[:-1]
     lengths = tuple(
-        _read_once(cu, total, partial(read_cu_seqlens, name))
+        tuple(read_cu_seqlens(name, cu, total))
         for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_k"), index, (q.shape[1], k.shape[1]), strict=False)
     )
     return layout_of(text, CallSizes(q.shape[1], q.shape[2], k.shape[1], k.shape[2], q.device), lengths)
+
+
+def _check_sequences(layout: Layout, given: list[Tensor]) -> None:
+    """The cumulative lengths of a call next to a packed layout must be those of the layout."""
+    for name, cu, spans, total in zip("qk", given, (layout.q_spans, layout.k_spans), (layout.seqlen_q, layout.seqlen_k), strict=False):
+        numbers = read_cu_seqlens(f"cu_seqlens_{name}", cu, total)
+        own = layout.derive(("sequences", name), spans.sequences)
+        lengths = [after - before for before, after in pairwise(numbers)]
+        if lengths[: len(own)] != own or any(lengths[len(own) :]):
+            raise bad_value(f"cu_seqlens_{name}", f"must be the lengths that the layout was built for, {own}", lengths)
 
 
 def layout_of(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...] = ()) -> Layout:
@@ -130,28 +145,13 @@ def keep_captured(layout: Layout, *tensors: Tensor) -> None:
 def _with_heads(text: str, numbers: Tensor, count: int) -> str:
     """The text of a call with the range of its heads, which a tensor names."""
     _, num_heads, num_kv_heads, text = text.split(";", 3)
-    heads = _read_once(numbers, count, _read_heads)
-    block, causal, layer, _, spec = text.split(";", 4)
-    return f"{block};{causal};{layer};{heads[0]},{heads[-1] + 1},{num_heads},{num_kv_heads};{spec}"
-
-
-def _read_heads(numbers: Tensor, count: int) -> list[int]:
-    heads = numbers.tolist()
+    heads = _heads_read.get(numbers)
+    if heads is None:
+        heads = _heads_read[numbers] = numbers.tolist()
     if not heads or heads != list(range(heads[0], heads[0] + count)):
         raise bad_value("heads", f"must be {count} consecutive numbers, one for each head of q", heads)
-    return heads
-
-
-def _read_once(tensor: Tensor, total: int, read: Callable[[Tensor, int], list[int]]) -> tuple[int, ...]:
-    """The numbers of a short tensor; one that was read before is not read (and its device not waited for) again."""
-    if tensor.is_inference():  # made under inference_mode: torch does not count its changes, so it has to be read every time
-        return tuple(read(tensor, total))
-    version = tensor._version
-    known = _numbers.get(tensor)
-    if known is None or known[0] != (version, total):
-        known = ((version, total), tuple(read(tensor, total)))
-        _numbers[tensor] = known
-    return known[1]
+    block, causal, layer, _, spec = text.split(";", 4)
+    return f"{block};{causal};{layer};{heads[0]},{heads[-1] + 1},{num_heads},{num_kv_heads};{spec}"
 
 
 def _build(text: str, sizes: CallSizes, lengths: tuple[tuple[int, ...], ...]) -> Layout:

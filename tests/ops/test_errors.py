@@ -84,9 +84,9 @@ FUTURE = Layout.from_dense(torch.ones(40, 40, dtype=torch.bool), block=16)
             "layout must have a number of heads that divides the 2 heads of q; got 4",
         ),
         (
-            call(pattern=FUTURE),
+            call(pattern=FUTURE, causal=True),
             ValueError,
-            "layout must be causal, or causal=False be passed; got a layout that lists keys after their query",
+            "causal must be left out or False, as the layout is: it was built so; got True",
         ),
         (call(pattern=LAYOUT.to("meta")), ValueError, r"layout must lie on the device of q, cpu; .*; got meta"),
         (call(cu_seqlens_q=torch.tensor([0, 40])), ValueError, "cu_seqlens_q and cu_seqlens_k must be given together; got no cu_seqlens_k"),
