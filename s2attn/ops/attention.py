@@ -19,9 +19,9 @@ from s2attn.ops.checks import (
     check_tensors,
     own_lengths,
 )
-from s2attn.ops.register import attention_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
+from s2attn.ops.transforms import call_attention
 from s2attn.patterns import Pattern, Recipe
 
 
@@ -74,7 +74,8 @@ def attention(
 
     Raises:
         ValueError, TypeError: a bad argument, named with its rule, before any work.
-        Unsupported: no backend, or not the named one, can serve the call; with every reason.
+        Unsupported: no backend, or not the named one, can serve the call; with every reason. Also a second derivative, and forward-mode
+            AD (`torch.func.jvp`); `torch.func.grad`, `vjp` and `vmap` have rules.
 
     >>> import torch, s2attn
     >>> q, k, v = (torch.randn(1, 256, heads, 32) for heads in (4, 2, 2))
@@ -117,7 +118,7 @@ def attention(
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if sharded is not None:
         source, index = sharded.call(source, index, q, k)
-    out, lse = attention_op(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
+    out, lse = call_attention(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
     if isinstance(pattern, Selector) and out.grad_fn is not None:
         out.grad_fn.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
     if packed or joined:

@@ -13,6 +13,7 @@ from s2attn.ops.checks import autocast_to_pages, check_heads, check_layout_place
 from s2attn.ops.paged import decode_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
+from s2attn.ops.transforms import refuse_transforms
 from s2attn.patterns import Pattern, Recipe
 
 
@@ -87,6 +88,7 @@ def decode(
         raise bad_kind("backend", "must be a string", backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_pages, v_pages, sinks)):
         raise Unsupported("decode has no gradient", {"autograd": ["call it under torch.no_grad(), or train with s2attn.attention"]})
+    refuse_transforms("decode", q, k_pages, v_pages, sinks)
     source, index = _source(pattern, q, k_pages, layer, heads)
     flat = q.unsqueeze(0) if cu_seqlens_q is not None else q.reshape(1, -1, *q.shape[2:])
     scales, how = (k_scale, v_scale), (backend, bool(validate), bool(batch_invariant))

@@ -15,6 +15,7 @@ from s2attn.backends import Reduction, pick_mass
 from s2attn.backends.checks import exact_arithmetic
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.ops.checks import autocast, check_scale, check_softcap, check_tensors
+from s2attn.ops.transforms import refuse_transforms
 
 _library = torch.library.Library("s2attn", "FRAGMENT")
 _library.define("antidiagonal(Tensor q, Tensor k, int stride, int block, bool causal, float scale, float softcap, str backend) -> Tensor")
@@ -66,6 +67,7 @@ def antidiagonal(
     factor, cap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
+    refuse_transforms("antidiagonal", q.detach(), k.detach())
     return torch.ops.s2attn.antidiagonal(q.detach(), k.detach(), stride, block, bool(causal), factor, cap or 0.0, backend)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from s2attn.core import Unsupported, check_block, check_int
 from s2attn.layout import Layout, from_blocks, read_cu_seqlens
 from s2attn.ops.checks import autocast, check_cu_seqlens, check_scale, check_softcap, check_tensors
+from s2attn.ops.transforms import refuse_transforms
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Selector(ABC):
         check_tensors(q, k, k, packed=bool(given))
         q, k = autocast(q, k)
         call = Call(bool(causal), check_scale(scale, q.shape[-1]), check_softcap(softcap), check_int("layer", layer, 0), backend)
-        self._check_call(q, call)
+        self._check_call(q, k, call)
         if given:
             samples = _sequences(q, k, given)
             lengths = [(some_q.shape[1], some_k.shape[1]) for some_q, some_k in samples]
@@ -94,8 +95,9 @@ class Selector(ABC):
         chosen = [mask.expand(heads, -1, -1) for mask in chosen]
         return from_blocks(chosen, lengths, block=self.block, causal=call.causal, packed=bool(given) or len(chosen) > 1)
 
-    def _check_call(self, q: Tensor, call: Call) -> None:
+    def _check_call(self, q: Tensor, k: Tensor, call: Call) -> None:
         who = type(self).__name__
+        refuse_transforms(who, q, k)
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             reason = "the number of chosen blocks decides shapes, so the choice has to wait for the device"
             raise Unsupported(f"{who} cannot choose inside a CUDA graph; choose with layout() outside of it", {who: [reason]})
