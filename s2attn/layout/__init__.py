@@ -1,7 +1,7 @@
 """What a kernel walks: block lists per head with mask tiles, made by interval arithmetic."""
 
 from s2attn.layout.blocks import from_blocks
-from s2attn.layout.build import HeadRange, build_layout, default_block, layout_heads, read_cu_seqlens
+from s2attn.layout.build import HeadRange, build_layout, default_block, layout_heads, pattern_hint, read_cu_seqlens
 from s2attn.layout.convert import from_block_table, from_dense, to_block_table, to_dense
 from s2attn.layout.count import dense_pairs
 from s2attn.layout.flex import from_block_mask, to_block_mask
@@ -23,6 +23,7 @@ __all__ = [
     "from_dense",
     "last_readers",
     "layout_heads",
+    "pattern_hint",
     "read_cu_seqlens",
     "spans_of",
     "to_block_mask",

@@ -15,7 +15,7 @@ from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout.index import BlockIndex, spans_of
 from s2attn.layout.layout import Layout
 from s2attn.layout.tiles import TileTable, classify
-from s2attn.patterns import Cells, Head, Pattern, Runs, Shape, View
+from s2attn.patterns import Cells, Head, Pattern, Recipe, Runs, Shape, View
 from s2attn.patterns.cells import cut_future
 from s2attn.patterns.runs import Array
 
@@ -45,6 +45,15 @@ class HeadRange:
     @property
     def query_heads(self) -> range:
         return range(self.start, self.end)
+
+
+def pattern_hint(came: object) -> str:
+    """The end of an error about something that is no pattern, but can be made one."""
+    if isinstance(came, str):
+        return "; s2attn.parse_pattern(text) reads one from a string"
+    if isinstance(came, (Tensor, np.ndarray)):
+        return "; a bool mask becomes a Layout, for s2attn.attention, by s2attn.Layout.from_dense(mask)"
+    return "; take recipe.pattern(layer)" if isinstance(came, Recipe) else ""
 
 
 @lru_cache(maxsize=256)
@@ -196,7 +205,7 @@ def build_layout(
     Layout(heads=2, seqlen_q=8192, seqlen_k=8192, block=64, entries=5438, tiles=1, device='cpu')
     """
     if not isinstance(pattern, Pattern):
-        raise bad_kind("pattern", "must be a Pattern", pattern)
+        raise bad_kind("pattern", f"must be a Pattern{pattern_hint(pattern)}", pattern)
     num_heads = check_int("num_heads", num_heads, 1)
     num_kv_heads = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
     if num_heads % num_kv_heads:

@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2attn.core import bad_value
+
+MOST_TOKENS = 2**31 - 1
+"""Tokens of queries, or of keys, in a layout."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
@@ -117,6 +122,8 @@ def spans_of(lengths: Sequence[int], block: int, offsets: Sequence[int] | None =
     >>> s.start.tolist(), s.length.tolist(), s.seq.tolist(), s.pos.tolist()
     ([0, 64, 100], [64, 36, 64], [0, 0, 2], [0, 64, 0])
     """
+    if sum(lengths) > MOST_TOKENS:
+        raise bad_value("lengths", f"must have at most {MOST_TOKENS} tokens in all, since a layout counts in int32", sum(lengths))
     length = np.asarray(lengths, dtype=np.int64)
     blocks = -(-length // block)
     seq = np.repeat(np.arange(len(length)), blocks)

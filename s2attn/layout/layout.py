@@ -65,7 +65,17 @@ class Layout:
         for name, spans in (("seqlen_q", self.q_spans), ("seqlen_k", self.k_spans)):
             if getattr(self, name) < 0:
                 object.__setattr__(self, name, spans.total)
+        if any(tensor.is_inference() for tensor in self.tensors()):
+            self._leave_inference_mode()
         _LIVE[id(self.rows.ptr)] = self
+
+    def _leave_inference_mode(self) -> None:
+        """Copy tensors that were made under inference_mode, which autograd could not save when the layout is used in training."""
+        with torch.inference_mode(False):
+            parts = (self.rows, self.q_spans, self.k_spans)
+            copies = [type(part)(*(tensor.clone() for tensor in part.tensors())) for part in parts]
+            for name, copied in zip(("rows", "q_spans", "k_spans", "tiles"), (*copies, self.tiles.clone()), strict=True):
+                object.__setattr__(self, name, copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies derive what they need anew.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s2attn.core import bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, layout_heads
+from s2attn.layout import HeadRange, layout_heads, pattern_hint
 from s2attn.ops import attention
 from s2attn.ops.checks import check_softcap
 from s2attn.ops.selector import Selector
@@ -55,7 +55,7 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(pattern, (Pattern, Selector)):
-            raise bad_kind("pattern", "must be a Pattern or a selector", pattern)
+            raise bad_kind("pattern", f"must be a Pattern or a selector{pattern_hint(pattern)}", pattern)
         if isinstance(pattern, Selector) and heads is not None:
             raise bad_value("heads", "must be left out when a selector is given", heads)
         self.pattern = pattern

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
-from s2attn.layout import HeadRange, Layout
+from s2attn.layout import HeadRange, Layout, pattern_hint
 from s2attn.ops.checks import (
     autocast,
     check_cu_seqlens,
@@ -18,11 +19,12 @@ from s2attn.ops.checks import (
     check_softcap,
     check_tensors,
     own_lengths,
+    warn_swapped,
 )
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
 from s2attn.ops.transforms import call_attention
-from s2attn.patterns import Pattern, Recipe
+from s2attn.patterns import Pattern
 
 
 def attention(
@@ -51,7 +53,9 @@ def attention(
 
     Args:
         q: ``(B, T, H, D)``, or packed ``(total_q, H, D)``; any strides. All of q, k, v may be DTensors that are cut by heads or by batch.
-            One dtype; under autocast they are cast first, as for torch's own attention.
+            They have one dtype; under autocast they are cast first, as for torch's own attention. Tensors in the order of
+            torch's scaled_dot_product_attention, ``(B, H, T, D)``, are passed as ``q.transpose(1, 2)``; what looks like them
+            gives a warning.
         k, v: ``(B, S, G, D)`` and ``(B, S, G, Dv)``, or packed; H is a multiple of G, and query head h reads KV head ``h * G // H``.
         pattern: which keys are seen: a `Pattern`; a `Layout` from `build_layout` (``block``, ``layer``, ``heads`` then do not apply); or a
             selector such as `XAttention`, which chooses for every sample of the batch (``block``, ``heads`` then do not apply).
@@ -91,6 +95,8 @@ def attention(
     check_sinks(sinks, q)
     if not isinstance(backend, str):
         raise bad_kind("backend", "must be a string", backend)
+    if not torch.compiler.is_compiling():
+        warn_swapped(q, k, packed)
     q, k, v = autocast(q, k, v)
     sharded = _sharded(q, k, v)
     if sharded is not None:
@@ -119,8 +125,9 @@ def attention(
     if sharded is not None:
         source, index = sharded.call(source, index, q, k)
     out, lse = call_attention(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    if isinstance(pattern, Selector) and out.grad_fn is not None:
-        out.grad_fn.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
+    node: Any = out.grad_fn
+    if isinstance(pattern, Selector) and node is not None:
+        node.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
     if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)
     if joined:
@@ -139,8 +146,7 @@ def _sharded(*tensors: Tensor) -> Any:
 
 def _pattern_source(pattern: Any, block: int | None, causal: bool, layer: int, heads: HeadRange | None, q: Tensor) -> str:
     if not isinstance(pattern, Pattern):
-        hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
-        raise bad_kind("pattern", f"must be a Pattern, a Layout or a selector{hint}", pattern)
+        raise bad_kind("pattern", f"must be a Pattern, a Layout or a selector{pattern_hint(pattern)}", pattern)
     if block is not None:
         check_block("block", block)
     check_heads(heads, q)

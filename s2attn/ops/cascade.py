@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s2attn.core import BLOCKS, bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, build_layout, default_block, layout_heads, read_cu_seqlens
+from s2attn.layout import HeadRange, build_layout, default_block, layout_heads, pattern_hint, read_cu_seqlens
 from s2attn.layout.cascade import Cascade, split_prefix
 from s2attn.ops.checks import autocast_to_pages, check_heads
 from s2attn.ops.decode import check_paged_tensors, check_tables, decode
@@ -57,7 +57,7 @@ def decode_cascade(
     True
     """
     if not isinstance(pattern, Pattern):
-        raise bad_kind("pattern", "must be a Pattern", pattern)
+        raise bad_kind("pattern", f"must be a Pattern{pattern_hint(pattern)}", pattern)
     q = autocast_to_pages(q, k_pages, v_pages)
     check_paged_tensors(q, k_pages, v_pages, packed=cu_seqlens_q is not None)
     check_tables(q, k_pages, block_table, seq_lens, cu_seqlens_q)

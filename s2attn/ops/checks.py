@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from s2attn.backends.checks import is_captured
 from s2attn.core import Unsupported, bad_kind, bad_value
 from s2attn.layout import HeadRange, Layout
+
+MANY_HEADS = 64
+"""So many KV heads, of fewer keys each, are rather the tokens of tensors with swapped axes."""
 
 
 def is_cast(tensor: Tensor) -> bool:
@@ -66,7 +70,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     if q.shape[-1] != k.shape[-1] or not q.shape[-1] or not v.shape[-1]:
         raise bad_value("k", f"must have the head_dim of q, {q.shape[-1]}, and no head_dim may be 0", (k.shape[-1], v.shape[-1]))
     if not q.shape[-2] or not k.shape[-2] or q.shape[-2] % k.shape[-2]:
-        raise bad_value("q", f"must have a multiple of the {k.shape[-2]} heads of k", q.shape[-2])
+        raise bad_value("q", f"must have a multiple of the {k.shape[-2]} heads of k{_order_hint(packed)}", q.shape[-2])
+
+
+def _order_hint(packed: bool) -> str:
+    """How tensors in the order of torch's scaled_dot_product_attention are passed."""
+    return "" if packed else "; shapes are (batch, seq, heads, head_dim): pass (batch, heads, seq, head_dim) as x.transpose(1, 2)"
+
+
+def warn_swapped(q: Tensor, k: Tensor, packed: bool) -> None:
+    """Warn of tensors that look like ``(B, H, T, D)``: at least `MANY_HEADS` KV heads, and fewer tokens than heads in q and in k.
+
+    One new token over a long cache has many keys, and a short prompt few KV heads: neither is warned of.
+    """
+    if packed or k.shape[2] < MANY_HEADS or k.shape[1] >= k.shape[2] or q.shape[1] >= q.shape[2]:
+        return
+    came = f"{q.shape[1]} queries of {q.shape[2]} heads and {k.shape[1]} keys of {k.shape[2]} heads"
+    warnings.warn(f"q and k look swapped, with {came}{_order_hint(packed)}", UserWarning, stacklevel=3)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -75,7 +95,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise bad_kind("scale", "must be a number", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # compilers follow comparisons of a dynamic size, not isfinite
         raise bad_value("scale", "must be finite", scale)
     return float(scale)
 
@@ -86,7 +106,7 @@ def check_softcap(softcap: float | None) -> float | None:
         return None
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
         raise bad_kind("softcap", "must be a number or None", softcap)
-    if not math.isfinite(softcap) or softcap <= 0:
+    if not 0 < softcap < math.inf:
         raise bad_value("softcap", "must be positive and finite", softcap)
     return float(softcap)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from s2attn.core import Unsupported, bad_kind, bad_value, check_int
-from s2attn.layout import HeadRange, Layout
+from s2attn.layout import HeadRange, Layout, pattern_hint
 from s2attn.ops.checks import autocast_to_pages, check_heads, check_layout_place, check_scale, check_sinks, check_softcap
 from s2attn.ops.paged import decode_op
 from s2attn.ops.selector import Selector
 from s2attn.ops.source import layout_text, pattern_text
 from s2attn.ops.transforms import refuse_transforms
-from s2attn.patterns import Pattern, Recipe
+from s2attn.patterns import Pattern
 
 
 def decode(
@@ -115,7 +115,7 @@ def _source(pattern: Pattern | Layout, q: Tensor, k_pages: Tensor, layer: int, h
         check_layout_place(pattern, q)
         return layout_text(pattern), pattern.tensors()
     if not isinstance(pattern, Pattern):
-        hint = "; take recipe.pattern(layer)" if isinstance(pattern, Recipe) else ""
+        hint = pattern_hint(pattern)
         if isinstance(pattern, Selector):
             hint = "; a selector has no pages to look at (PageBounds.pages chooses pages, for the pattern Dense)"
         raise bad_kind("pattern", f"must be a Pattern or a Layout{hint}", pattern)

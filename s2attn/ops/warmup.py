@@ -6,7 +6,7 @@ import torch
 
 from s2attn.backends import Scoring, pick
 from s2attn.core import bad_kind, bad_value, check_block, check_int
-from s2attn.layout import HeadRange
+from s2attn.layout import HeadRange, pattern_hint
 from s2attn.ops.checks import check_scale, check_softcap
 from s2attn.ops.source import find_layout, pattern_text
 from s2attn.patterns import Pattern
@@ -76,7 +76,7 @@ def warmup(
 def check_shapes(pattern: Pattern, dtype: torch.dtype, num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> None:
     """What every warm-up is told: the kinds of a pattern and a dtype, and ``sizes`` by their names."""
     if not isinstance(pattern, Pattern):
-        raise bad_kind("pattern", "must be a Pattern", pattern)
+        raise bad_kind("pattern", f"must be a Pattern{pattern_hint(pattern)}", pattern)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise bad_kind("dtype", "must be a floating point torch.dtype", dtype)
     for name, size in {**sizes, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
