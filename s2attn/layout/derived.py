@@ -53,6 +53,11 @@ class Derived:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
 
+    def items(self) -> list[tuple[Hashable, Any]]:
+        """Keys and values, the least recently used first."""
+        with _lock:
+            return [(key, value) for key, (value, _) in self._values.items()]
+
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``key``; ``make()`` derives it when it is not kept."""
         with _lock:

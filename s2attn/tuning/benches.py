@@ -14,7 +14,7 @@ from s2attn.backends.triton import launch
 from s2attn.backends.triton.backend import processors
 from s2attn.backends.triton.decode import Rows, decode, plan_decode
 from s2attn.backends.triton.tiles import Tiles
-from s2attn.backends.triton.ways import Prepared, Way, objections
+from s2attn.backends.triton.ways import Way, objections
 from s2attn.core import bad_value
 from s2attn.tuning.candidates import Target, fallback
 from s2attn.tuning.paged import Batch, DecodeCase
@@ -72,7 +72,6 @@ class AttentionBench(Bench):
         self.q, self.k, self.v = make(target.heads, s.head_dim), make(target.kv_heads, s.head_dim), make(target.kv_heads, s.v_dim)
         self.dout, self.scoring = make(target.heads, s.v_dim), Scoring(s.head_dim**-0.5)
         self.lse = self.delta = torch.empty(1, target.heads, target.seqlen, device=self.q.device)
-        self.prepared = Prepared()
         self.way: Way | None = None
 
     @classmethod
@@ -92,14 +91,14 @@ class AttentionBench(Bench):
         """What the backward kernels need of the forward pass."""
         rows = self._way("forward", fallback(replace(self.target.situation, op="forward"), shared_limit))
         out, self.lse = rows.forward(self.q, self.k, self.v, self.layout, self.scoring)
-        self.delta = launch.delta(out, self.dout, self.lse, None, self.prepared.starts)
+        self.delta = launch.delta(out, self.dout, self.lse, None, {})
 
     @property
     def lost(self) -> bool:
         return self.way is not None and self.way.special is not None and self.way.special.lost
 
     def _way(self, op: str, tiles: Tiles) -> Way:
-        way = self.way = Way.of(op, tiles, self.q, self.k, self.v, self.layout, self.scoring, self.prepared)
+        way = self.way = Way.of(op, tiles, self.q, self.k, self.v, self.layout, self.scoring)
         if tiles.form != "plain" and way.special is None:
             raise bad_value(tiles.form, "must be able to serve", "; ".join(
                 objections(op, tiles.form, self.q, self.k, self.v, self.layout, self.scoring)

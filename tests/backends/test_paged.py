@@ -9,9 +9,9 @@ import s2attn
 from s2attn import Dense, Layout, Local, Sink, Stride, Window
 from s2attn.backends import Backend, Pages, Requests, Scoring, Writes, backend_names, get_backend
 from s2attn.layout import build_layout
-from s2attn.testing.masks import dense_mask
-from s2attn.testing.oracle import assert_close, eager, oracle
-from s2attn.testing.problems import random_mask
+from tests.support.masks import dense_mask
+from tests.support.oracle import assert_close, eager, oracle
+from tests.support.problems import random_mask
 
 S2 = Local(2, 16) | Stride(3, block=16)
 

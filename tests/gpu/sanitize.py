@@ -80,7 +80,7 @@ def run_plain() -> None:
         for label in ("out", "dq", "dk", "dv"):
             if not torch.isfinite(getattr(found, label)).all():
                 raise SystemExit(f"{name}: {label} is not finite")
-        cut += sum(way.slots for way in backend._prepared[given.layout].ways.values())
+        cut += sum(way.slots for way in backend.ways(given.layout))
         print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
     run_paged(torch.device("cuda" if on_gpu else "cpu"), 64 if on_gpu else 16)
     run_score(torch.device("cuda" if on_gpu else "cpu"), 80 if on_gpu else 24)
@@ -172,7 +172,7 @@ def run_hopper() -> None:
             found = testing.run(backend, given)
             if not all(torch.isfinite(getattr(found, label)).all() for label in ("out", "dq", "dk", "dv")):
                 raise SystemExit(f"hopper, {name}: a result is not finite")
-            plain = [way.op for way in backend._prepared[given.layout].ways.values() if way.special is None]
+            plain = [way.op for way in backend.ways(given.layout) if way.special is None]
             if plain:
                 raise SystemExit(f"hopper, {name}: {', '.join(plain)} had no kernel for Hopper")
             print(f"hopper, {name}: {time.perf_counter() - begin:.1f} s", flush=True)

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[Pattern, int, int, int, int, int, int, bool]] = {
 
 def forms(backend, layout) -> dict[str, bool]:
     """Which kernels were Hopper's."""
-    return {way.op: isinstance(way.special, (HopperWay, HopperColumns)) for way in backend._prepared[layout].ways.values()}
+    return {way.op: isinstance(way.special, (HopperWay, HopperColumns)) for way in backend.ways(layout)}
 
 
 @pytest.mark.parametrize("name", CASES)

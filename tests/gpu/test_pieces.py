@@ -17,7 +17,7 @@ from tests.support.problems import check_backend, make_problem
 
 def slots(backend, layout):
     """Pieces of cut lists, of rows and of columns."""
-    return {"columns" if way.op == "dkv" else "rows": way.slots for way in backend._prepared[layout].ways.values()}
+    return {"columns" if way.op == "dkv" else "rows": way.slots for way in backend.ways(layout)}
 
 
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (20.0, True)], ids=["plain", "soft-cap and sinks"])

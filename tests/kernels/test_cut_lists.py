@@ -41,7 +41,7 @@ def test_pieces_are_joined(name, softcap, sinks, triton_backend, poisoned_empty,
     shape = {"heads": 4, "kv_heads": 2, "batch": 2, "width": 16, "v_width": 32}
     scoring = {"softcap": softcap, "sinks": torch.randn(4) if sinks else None}
     check_backend(triton_backend, make_problem(layout, dense_mask(pattern, 4, 2, 150, 150), **shape, **scoring))
-    assert all(way.slots > 0 for way in triton_backend._prepared[layout].ways.values())
+    assert all(way.slots > 0 for way in triton_backend.ways(layout))
 
 
 def test_ranges_of_keys(triton_backend, poisoned_empty):
@@ -50,7 +50,7 @@ def test_ranges_of_keys(triton_backend, poisoned_empty):
     layout = build_layout(pattern, 2, 1, 150, block=16)
     mask = dense_mask(pattern, 2, 1, 150, 150)
     check_backend(backend, make_problem(layout, mask, heads=2, kv_heads=1, width=16, sinks=torch.randn(2)))
-    assert any(way.slots > 4 for way in backend._prepared[layout].ways.values())
+    assert any(way.slots > 4 for way in backend.ways(layout))
 
 
 def test_the_same_bits_every_time_and_in_any_batch(triton_backend, short_pieces):

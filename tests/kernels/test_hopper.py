@@ -41,7 +41,7 @@ def launch():
     def run(p: Problem, seed: int = 0, **options):
         with hopper_on_cpu(seed=seed, **options) as backend:
             out, lse = backend.forward(*p.arguments)
-        (way,) = backend._prepared[p.layout].ways.values()
+        (way,) = backend.ways(p.layout)
         assert isinstance(way.special, HopperWay)
         return out, lse, way.special
 
@@ -226,7 +226,7 @@ def test_only_hopper_takes_it():
     backend = Triton(lambda *given: replace(find_tiles(*given), form="hopper"))
     out, lse = backend.forward(*p.arguments)
     check(p, out, lse)
-    assert [way.special for way in backend._prepared[p.layout].ways.values()] == [None]
+    assert [way.special for way in backend.ways(p.layout)] == [None]
 
 
 def test_masks_as_words():

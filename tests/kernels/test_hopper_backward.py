@@ -52,7 +52,7 @@ def launch() -> Callable[..., dict[str, torch.Tensor]]:
     def run(p: Problem, seed: int = 0, *, left: Left | None = None, plain: str = "", **options) -> dict[str, torch.Tensor]:
         with hopper_on_cpu(seed=seed, **options) as backend:
             made = backend.backward(p.dout, p.dlse, p.q, p.k, p.v, *(left or after_forward(p)), p.layout, p.scoring)
-        kinds = {way.op: type(way.special) for way in backend._prepared[p.layout].ways.values()}
+        kinds = {way.op: type(way.special) for way in backend.ways(p.layout)}
         assert kinds == {"dq": HopperWay, "dkv": type(None) if plain else HopperColumns}
         return dict(zip(("dq", "dk", "dv"), made, strict=True))
 

@@ -47,7 +47,7 @@ def problem(name: str, **more) -> Problem:
 
 def served(backend, layout) -> dict[str, bool]:
     """Which kernels were the specialised ones."""
-    return {way.op: way.special is not None for way in backend._prepared[layout].ways.values()}
+    return {way.op: way.special is not None for way in backend.ways(layout)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,7 +57,7 @@ def test_agrees_with_the_oracle(name, dtype, special, poisoned_empty):
     check_backend(special, p, dtype)
     per_query_head = "per query head" in name
     assert served(special, p.layout) == {"forward": True, "dq": True, "dkv": not per_query_head}
-    stacks = {way.special.form.stack for way in special._prepared[p.layout].ways.values() if way.op == "forward"}
+    stacks = {way.special.form.stack for way in special.ways(p.layout) if way.op == "forward"}
     assert stacks == {CASES[name][-1]}
 
 
@@ -73,7 +73,7 @@ def test_long_columns_are_cut(special, poisoned_empty, monkeypatch):
     monkeypatch.setattr(walk, "piece_limits", lambda counts, seq, copies, least: torch.full((len(seq),), least).numpy())
     p = problem("block 64, two heads stacked")
     check_backend(special, p)
-    cut = {way.op: way.slots for way in special._prepared[p.layout].ways.values()}
+    cut = {way.op: way.slots for way in special.ways(p.layout)}
     assert cut["forward"] == cut["dq"] == 0 < cut["dkv"]
 
 

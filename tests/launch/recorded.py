@@ -22,6 +22,7 @@ from s2attn.backends import Pages, Requests, Scoring, Writes
 from s2attn.backends.triton import Triton, start
 from s2attn.backends.triton.backend import find_tiles
 from s2attn.backends.triton.tiles import Tiles
+from s2attn.backends.triton.walk import Walk
 from tests.support.recording import Launch, RecordingDriver, recording
 
 PATTERN = Global(64) | Window(100)  # not causal, so that both a row block and a column block have long lists
@@ -203,7 +204,7 @@ def unaligned(driver: RecordingDriver) -> Any:
         q = room[offset : offset + x[0].numel()].view(x[0].shape)
         call(backend, [q, *x[1:]], layout)
         one = taken(driver)[0]
-        kept = sum(len(way._walk.starts) for way in backend._prepared[layout].ways.values())
+        kept = sum(len(one.starts) for _, one in layout.derived.items() if isinstance(one, Walk))
         found.append({"offset": offset, "compiled": one.compiled, "address": one.arguments[0] == q.data_ptr(), "kept": kept})
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from s2attn.backends.triton.start import Starts
 from s2attn.backends.triton.store import store
 from s2attn.backends.triton.table import Situation, density_class, tuned_tiles
 from s2attn.backends.triton.tiles import Tiles, choose_tiles
-from s2attn.backends.triton.ways import Prepared, Way
+from s2attn.backends.triton.ways import Way, density_of
 from s2attn.layout import Layout
 from s2attn.schedule import CUTS
 
@@ -51,9 +50,7 @@ class Triton(Backend):
 
     def __init__(self, choose: Choose | None = None) -> None:
         self._choose = choose or find_tiles
-        self._prepared: WeakKeyDictionary[Layout, Prepared] = WeakKeyDictionary()
         self._stores: Starts = {}
-        self._rows: WeakKeyDictionary[Layout, Rows] = WeakKeyDictionary()
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Every reason why the kernels cannot serve such tensors here."""
@@ -95,7 +92,7 @@ class Triton(Backend):
 
         out, lse = out.contiguous(), lse.contiguous()  # as forward made them; the kernels know no other lse
         by_row, by_column = (self._way(op, q, k, v, layout, scoring) for op in ("dq", "dkv"))
-        delta = launch.delta(out, dout, lse, dlse, by_row.prepared.starts)
+        delta = launch.delta(out, dout, lse, dlse, _starts(layout))
         given = (q, k, v, dout, lse, delta, layout, scoring)
         return by_row.dq(*given), *by_column.dkv(*given)
 
@@ -120,9 +117,7 @@ class Triton(Backend):
         The density of a layout by position follows from the width of the block table, and so from
         the batch.
         """
-        rows = self._rows.get(layout)
-        if rows is None:
-            rows = self._rows[layout] = Rows(layout)
+        rows = layout.derive(("triton", "rows"), lambda: Rows(layout))
         density = 0.0 if requests.batch_invariant else rows.density
         return rows, self._choose(situation("decode", q, pages.v, layout, density), q.device, scoring.softcap is not None)
 
@@ -149,20 +144,28 @@ class Triton(Backend):
             out, lse = self.forward(q, k, v, layout, scoring)
             if backward:
                 self.backward(torch.empty_like(out), None, q, k, v, out, lse, layout, scoring)
-                launch.delta(out, out, lse, torch.empty_like(lse), self._prepared[layout].starts)
+                launch.delta(out, out, lse, torch.empty_like(lse), _starts(layout))
 
     def _way(self, op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Way:
         """How one kernel goes over a layout, found once for each layout and kind of tensors."""
-        prepared = self._prepared.get(layout)
-        if prepared is None:
-            prepared = self._prepared[layout] = Prepared()
-        key = (op, q.dtype, q.shape[0], q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], scoring.softcap is None, scoring.scale > 0)
-        way = prepared.ways.get(key)
-        if way is None:
-            capped = scoring.softcap is not None
-            tiles = self._choose(situation(op, q, v, layout, prepared.density_of(layout)), layout.device, capped)
-            way = prepared.ways[key] = Way.of(op, tiles, q, k, v, layout, scoring, prepared)
-        return way
+        capped = scoring.softcap is not None
+        shape = q.dtype, q.shape[0], q.shape[-1], v.shape[-1], q.shape[2], k.shape[2]
+
+        def make() -> Way:
+            tiles = self._choose(situation(op, q, v, layout, density_of(layout)), layout.device, capped)
+            return Way.of(op, tiles, q, k, v, layout, scoring)
+
+        return layout.derive(("triton", "way", self, op, *shape, capped, scoring.scale > 0), make)
+
+    def ways(self, layout: Layout) -> list[Way]:
+        """How the kernels of this backend have gone over a layout so far."""
+        mine = ("triton", "way", self)
+        return [way for key, way in layout.derived.items() if isinstance(key, tuple) and key[:3] == mine]
+
+
+def _starts(layout: Layout) -> Starts:
+    """Launches over a layout that read nothing of it."""
+    return layout.derive(("triton", "starts"), dict)
 
 
 def situation(op: str, q: Tensor, v: Tensor, layout: Layout, density: float) -> Situation:

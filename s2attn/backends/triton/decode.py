@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2attn.backends.base import Pages, Requests, Scoring
 from s2attn.backends.triton.launch import JOINED_ROWS, factors, workspace
-from s2attn.backends.triton.start import Call, Starts, keep_some, on_device, start
+from s2attn.backends.triton.start import Call, Starts, on_device, start
 from s2attn.backends.triton.tiles import SMALLEST, Tiles, next_power
 from s2attn.layout import Layout, dense_pairs
 from s2attn.schedule import Cut, RowLengths, choose_cut
@@ -189,7 +189,7 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
     with on_device(q):
         ends = _count(plan, lens, cu) if plan.cut.form == "stream" else lens
         pointers = (q, *pools, sinks, out, lse, *parts, *scales, pages.table, lens, cu, ends)
-        start(decode_kernel, pointers, keep_some(rows.starts), ("decode", *plan.key), lambda: _walk_call(plan, out, lse))
+        start(decode_kernel, pointers, rows.starts, ("decode", *plan.key), lambda: _walk_call(plan, out, lse))
         if plan.slots:
             pointers = (*parts, sinks, out, lse, lens, cu, ends)
             start(reduce_kernel, pointers, rows.starts, ("reduce", *plan.key), lambda: _reduce_call(plan, out, lse))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from s2attn.backends.base import Scoring
 from s2attn.backends.triton.launch import factors
 from s2attn.backends.triton.specialised import TALL, WIDTHS, ends_of, is_aligned, scratch_memory
-from s2attn.backends.triton.start import Call, on_device, start
+from s2attn.backends.triton.start import Call, Starts, on_device, start
 from s2attn.backends.triton.tiles import SHARED_MEMORY
 from s2attn.backends.triton.walk import Walk
 from s2attn.layout import Layout, Spans
@@ -130,6 +130,7 @@ class HopperWay:
     bits: Tensor
     packed: bool
     lost: bool = False
+    starts: Starts = field(default_factory=dict)
 
     @property
     def lists(self) -> tuple[Tensor, ...]:
@@ -193,7 +194,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, way: HopperWay, scoring: Sco
     shapes = tuple((x.shape, x.stride()) for x in (q, k, v))
     key = ("hopper", "forward", way.form, q.dtype, shapes, scoring.scale, scoring.softcap, scoring.sinks is None)
     with on_device(q), scratch_memory(q.device):
-        start(hopper_forward_kernel, (q, k, v, sinks, out, lse), way.walk.starts, key, describe)
+        start(hopper_forward_kernel, (q, k, v, sinks, out, lse), way.starts, key, describe)
     return out, lse
 
 

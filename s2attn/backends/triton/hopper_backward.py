@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from s2attn.backends.base import Scoring
 from s2attn.backends.triton.hopper import BARRIERS, MOST_STAGES, WORD, HopperForm, HopperWay, can_copy, mask_words, programs_of
 from s2attn.backends.triton.launch import factors, join_slots, workspace
 from s2attn.backends.triton.specialised import TALL, ends_of, places_of, scratch_memory
-from s2attn.backends.triton.start import Call, on_device, start
+from s2attn.backends.triton.start import Call, Starts, on_device, start
 from s2attn.backends.triton.tiles import SHARED_MEMORY
 from s2attn.backends.triton.walk import Walk
 from s2attn.layout import Layout
@@ -116,6 +116,7 @@ class HopperColumns:
     token_of: Tensor
     packed: bool
     lost: bool = False
+    starts: Starts = field(default_factory=dict)
 
 
 def hopper_columns(form: ColumnForm, layout: Layout, walk: Walk, kv_heads: int) -> HopperColumns:
@@ -167,7 +168,7 @@ def hopper_dq(
 
     with on_device(q), scratch_memory(q.device):
         pointers = (q, k, v, dout, lse, delta, result)
-        start(hopper_dq_kernel, pointers, way.walk.starts, _key("dq", way, scoring, q, k, v, dout), describe)
+        start(hopper_dq_kernel, pointers, way.starts, _key("dq", way, scoring, q, k, v, dout), describe)
     return result
 
 
@@ -193,7 +194,7 @@ def hopper_dkv(
     with on_device(q):
         with scratch_memory(q.device):
             pointers = (q, k, v, dout, numbers, dk, dv, *parts)
-            start(hopper_dkv_kernel, pointers, walk.starts, _key("dkv", way, scoring, q, k, v, dout), describe)
+            start(hopper_dkv_kernel, pointers, way.starts, _key("dkv", way, scoring, q, k, v, dout), describe)
         join_slots(parts[0], dk, walk, keys, subs, kv_heads, kv_heads, scoring.scale)
         join_slots(parts[1], dv, walk, keys, subs, kv_heads, kv_heads, 1.0)
     return dk, dv

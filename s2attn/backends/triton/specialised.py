@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from s2attn.backends.base import Scoring
 from s2attn.backends.triton.launch import factors, join_slots, workspace
-from s2attn.backends.triton.start import ALIGNMENT, Call, on_device, start
+from s2attn.backends.triton.start import ALIGNMENT, Call, Starts, on_device, start
 from s2attn.backends.triton.walk import Walk
 from s2attn.layout import Layout, Spans
 from s2attn.layout.groups import ABSENT, FULL
@@ -160,6 +160,7 @@ class SpecialisedWay:
     tall: TallMasks
     token_of: Tensor
     lost: bool = False
+    starts: Starts = field(default_factory=dict)
 
     def by_block(self, values: Tensor, absent: float) -> Tensor:
         """``(B, H, T)`` numbers by query in places by query block, ``(B, H, blocks * block)``; ``absent`` where there is no query."""
@@ -209,7 +210,7 @@ def specialised_forward(q: Tensor, k: Tensor, v: Tensor, way: SpecialisedWay, sc
 
     with on_device(q), scratch_memory(q.device):
         way.started(
-            start(specialised_forward_kernel, (q, k, v, sinks, out, lse), way.walk.starts, _key("forward", way, scoring, q, k, v), describe)
+            start(specialised_forward_kernel, (q, k, v, sinks, out, lse), way.starts, _key("forward", way, scoring, q, k, v), describe)
         )
     return out, lse
 
@@ -231,7 +232,7 @@ def specialised_dq(
 
     with on_device(q), scratch_memory(q.device):
         pointers = (q, k, v, dout, lse, delta, result)
-        way.started(start(specialised_dq_kernel, pointers, way.walk.starts, _key("dq", way, scoring, q, k, v, dout), describe))
+        way.started(start(specialised_dq_kernel, pointers, way.starts, _key("dq", way, scoring, q, k, v, dout), describe))
     return result
 
 
@@ -255,7 +256,7 @@ def specialised_dkv(
     with on_device(q):
         with scratch_memory(q.device):
             pointers = (q, k, v, dout, lse, delta, dk, dv, *parts)
-            way.started(start(specialised_dkv_kernel, pointers, walk.starts, _key("dkv", way, scoring, q, k, v, dout), describe))
+            way.started(start(specialised_dkv_kernel, pointers, way.starts, _key("dkv", way, scoring, q, k, v, dout), describe))
         join_slots(parts[0], dk, walk, way.form.rows, subs, k.shape[2], k.shape[2], scoring.scale)
         join_slots(parts[1], dv, walk, way.form.rows, subs, k.shape[2], k.shape[2], 1.0)
     return dk, dv

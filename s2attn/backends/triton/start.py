@@ -40,15 +40,8 @@ class _Known:
 Starts = dict[tuple, _Known]
 """Calls that were made before; it belongs to the object that keeps their layout's tensors alive."""
 
-
 KEPT_STARTS = 1024
-
-
-def keep_some(starts: Starts) -> Starts:
-    """The same calls, or none when there are too many: for kernels whose calls come in any number of shapes."""
-    if len(starts) > KEPT_STARTS:
-        starts.clear()
-    return starts
+"""Calls come in any number of shapes: beyond so many, all are forgotten."""
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -89,6 +82,8 @@ def start(kernel: Any, pointers: tuple[Tensor, ...], starts: Starts, key: tuple,
         call = describe()
         compiled = kernel[call.grid](*pointers, *call.rest, **call.constants)
         if together % ALIGNMENT == 0:
+            if len(starts) >= KEPT_STARTS:
+                starts.clear()
             starts[key] = _Known(compiled, call.grid, _arguments(kernel, call))
         return compiled
     compiled = known.compiled

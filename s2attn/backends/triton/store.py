@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from s2attn.backends.base import Writes
-from s2attn.backends.triton.start import Call, Starts, keep_some, on_device, start
+from s2attn.backends.triton.start import Call, Starts, on_device, start
 from s2attn.backends.triton.tiles import next_power
 
 
@@ -28,4 +28,4 @@ def store(new: Writes, starts: Starts) -> None:
 
     key = ("store", slots.dtype, scales[0].dtype, scales[1].dtype, *((x.dtype, x.shape, x.stride()) for x in tensors))
     with on_device(new.k_pages):
-        start(store_kernel, (*tensors, slots, *scales), keep_some(starts), key, describe)
+        start(store_kernel, (*tensors, slots, *scales), starts, key, describe)

@@ -13,7 +13,6 @@ from s2attn.backends.triton.hopper import HopperWay, choose_hopper_form, has_hop
 from s2attn.backends.triton.hopper_backward import HopperColumns, choose_column_form, choose_dq_form, hopper_columns
 from s2attn.backends.triton.installed import allocator_objections, gluon_objections
 from s2attn.backends.triton.specialised import SpecialisedWay, choose_form, form_objections, specialised_way
-from s2attn.backends.triton.start import Starts
 from s2attn.backends.triton.tiles import Tiles
 from s2attn.backends.triton.walk import Walk, walk_columns, walk_rows
 from s2attn.layout import Layout, dense_pairs
@@ -21,53 +20,48 @@ from s2attn.layout import Layout, dense_pairs
 Special = SpecialisedWay | HopperWay | HopperColumns
 
 
-class Prepared:
-    """What was made of one layout. It does not hold the layout itself, whose end is its own."""
+def density_of(layout: Layout) -> float:
+    """Listed blocks over those of dense attention."""
 
-    def __init__(self) -> None:
-        self.ways: dict[tuple, Way] = {}
-        self.starts: Starts = {}
-        self._walks: dict[tuple, Walk] = {}
-        self._density: float | None = None
+    def measure() -> float:
+        dense = layout.heads * dense_pairs(layout)
+        return layout.rows.entries * layout.block**2 / dense if dense else 0.0
 
-    def density_of(self, layout: Layout) -> float:
-        """Listed blocks over those of dense attention."""
-        if self._density is None:
-            dense = layout.heads * dense_pairs(layout)
-            self._density = layout.rows.entries * layout.block**2 / dense if dense else 0.0
-        return self._density
+    return layout.derive(("triton", "density"), measure)
 
-    def walk(
-        self, op: str, layout: Layout, heads: int, kv_heads: int, factor: int, listed_tokens: int, key_range: int = 0, cut: bool = True
-    ) -> Walk:
-        """The walk of ``op`` for tiles of ``factor`` blocks against ``listed_tokens``; ``key_range`` and ``cut`` are for rows."""
-        unit = max(listed_tokens // layout.block, 1)
-        key = (op == "dkv", factor, unit, heads, kv_heads, key_range, cut)
-        if key not in self._walks:
-            if op == "dkv":
-                self._walks[key] = walk_columns(layout, factor, unit, heads, kv_heads)
-            else:
-                self._walks[key] = walk_rows(layout, factor, unit, heads // layout.heads, key_range, cut)
-        return self._walks[key]
 
-    def special(self, op: str, name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Special | None:
-        """What the kernel of ``op`` in the form ``name`` needs; None for the plain one, and where the form cannot serve."""
-        if name == "plain" or objections(op, name, q, k, v, layout, scoring):
-            return None
-        heads, kv_heads = q.shape[2], k.shape[2]
-        shared = heads // max(layout.heads, kv_heads)
-        if name == "hopper" and op == "dkv":
-            form = choose_column_form(q.shape[-1], v.shape[-1], layout.block, scoring.softcap is not None)
-            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens)
-            return hopper_columns(form, layout, walk, kv_heads)
-        if name == "hopper":
-            shape = q.shape[-1], v.shape[-1], layout.block, shared
-            form = choose_dq_form(*shape) if op == "dq" else choose_hopper_form(*shape)
-            walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), hopper.WORD, cut=False)
-            return hopper_way(op, form, layout, walk)
-        form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, shared)
-        walk = self.walk(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=op == "dkv")
-        return specialised_way(op, form, layout, walk)
+def walk_of(
+    op: str, layout: Layout, heads: int, kv_heads: int, factor: int, listed_tokens: int, key_range: int = 0, cut: bool = True
+) -> Walk:
+    """The walk of ``op`` for tiles of ``factor`` blocks against ``listed_tokens``; ``key_range`` and ``cut`` are for rows."""
+    unit = max(listed_tokens // layout.block, 1)
+
+    def make() -> Walk:
+        if op == "dkv":
+            return walk_columns(layout, factor, unit, heads, kv_heads)
+        return walk_rows(layout, factor, unit, heads // layout.heads, key_range, cut)
+
+    return layout.derive(("triton", "walk", op == "dkv", factor, unit, heads, kv_heads, key_range, cut), make)
+
+
+def special_of(op: str, name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Special | None:
+    """What the kernel of ``op`` in the form ``name`` needs; None for the plain one, and where the form cannot serve."""
+    if name == "plain" or objections(op, name, q, k, v, layout, scoring):
+        return None
+    heads, kv_heads = q.shape[2], k.shape[2]
+    shared = heads // max(layout.heads, kv_heads)
+    if name == "hopper" and op == "dkv":
+        form = choose_column_form(q.shape[-1], v.shape[-1], layout.block, scoring.softcap is not None)
+        walk = walk_of(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens)
+        return hopper_columns(form, layout, walk, kv_heads)
+    if name == "hopper":
+        shape = q.shape[-1], v.shape[-1], layout.block, shared
+        form = choose_dq_form(*shape) if op == "dq" else choose_hopper_form(*shape)
+        walk = walk_of(op, layout, heads, kv_heads, form.factor(layout.block), hopper.WORD, cut=False)
+        return hopper_way(op, form, layout, walk)
+    form = choose_form(op, max(q.shape[-1], v.shape[-1]), layout.block, shared)
+    walk = walk_of(op, layout, heads, kv_heads, form.factor(layout.block), form.listed_tokens, cut=op == "dkv")
+    return specialised_way(op, form, layout, walk)
 
 
 @dataclass(eq=False)
@@ -77,25 +71,22 @@ class Way:
     Attributes:
         tiles: of the plain kernel.
         special: what the kernel of another form needs, or None where none is wanted or it cannot serve.
-        prepared: what was made of the layout; ``heads`` and ``kv_heads`` those of the calls.
+        heads, kv_heads: of the calls.
     """
 
     op: str
     tiles: Tiles
     special: Special | None
-    prepared: Prepared
     heads: int
     kv_heads: int
-    _walk: Walk | None = None
+    _plain_slots: int = 0
 
     @classmethod
-    def of(
-        cls, op: str, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring, prepared: Prepared
-    ) -> Way:  # fmt: skip
+    def of(cls, op: str, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> Way:
         """The way for such tensors."""
         wanted = can_take(tiles.form, layout.device, q.dtype)
-        special = prepared.special(op, tiles.form, q, k, v, layout, scoring) if wanted else None
-        return cls(op, tiles, special, prepared, q.shape[2], k.shape[2])
+        special = special_of(op, tiles.form, q, k, v, layout, scoring) if wanted else None
+        return cls(op, tiles, special, q.shape[2], k.shape[2])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         special = self._special(q, k, v)
@@ -128,8 +119,7 @@ class Way:
     @property
     def slots(self) -> int:
         """Pieces of cut lists in the walks that calls have taken so far."""
-        special = None if self.special is None else self.special.walk
-        return sum(walk.slots for walk in (self._walk, special) if walk is not None)
+        return self._plain_slots + (0 if self.special is None else self.special.walk.slots)
 
     def _special(self, *tensors: Tensor) -> Special | None:
         readable = hopper.can_copy if isinstance(self.special, (HopperWay, HopperColumns)) else specialised.is_aligned
@@ -137,11 +127,11 @@ class Way:
         return self.special if usable else None
 
     def _plain(self, layout: Layout) -> Walk:
-        if self._walk is None:
-            key_range = 0 if self.op == "dkv" else self.tiles.key_range
-            factor, listed = self.tiles.factor(layout.block), self.tiles.listed_tokens
-            self._walk = self.prepared.walk(self.op, layout, self.heads, self.kv_heads, factor, listed, key_range)
-        return self._walk
+        key_range = 0 if self.op == "dkv" else self.tiles.key_range
+        factor, listed = self.tiles.factor(layout.block), self.tiles.listed_tokens
+        walk = walk_of(self.op, layout, self.heads, self.kv_heads, factor, listed, key_range)
+        self._plain_slots = walk.slots
+        return walk
 
 
 def aligned_copy(dout: Tensor) -> Tensor:
