@@ -14,10 +14,10 @@ from experiments.data import Corpus, Windows, read_corpus
 from experiments.folder import NO_GAUGE, Gauge, Job, Surroundings, Watch, run_jobs
 from experiments.model import LanguageModel, ModelConfig
 from experiments.partial import Partial
+from experiments.place import Place, place_of
 from experiments.progress import Show
 from experiments.tasks import Stretch, learn, score_task, task_named
 from experiments.train import Run, TrainConfig, train_in_turn
-from experiments.training.place import Place, place_of
 from s2attn.analysis.describe import describe
 from s2attn.core import StrPath, as_path, bad_value
 

@@ -12,9 +12,9 @@ from experiments.evidence_ablation import SECTIONS, ablation_pictures, ablation_
 from experiments.evidence_reach import KIND as REACH
 from experiments.evidence_reach import reach_pictures, reach_sections, reach_targets
 from experiments.evidence_targets import ablation_targets, targets_table
-from experiments.training.files import read_json
 from s2attn.analysis.guidelines import GUIDELINES
 from s2attn.core import StrPath, as_path, bad_value, write_text
+from s2attn.core.files import read_json
 
 RECORDS = Path(__file__).parent / "records"
 Records = Mapping[str, Record]

@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from experiments.files import write_file
+from experiments.place import ALONE, Place
 from experiments.progress import Show
-from experiments.training.files import read_json, write_file
-from experiments.training.place import ALONE, Place
 from s2attn.core import StrPath, as_path, bad_value
+from s2attn.core.files import read_json
 
 Record = dict[str, Any]
 K = TypeVar("K")

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from experiments.files import remove_folder, remove_partial, whole_folder
 from experiments.folder import OutOfTime, Record, Watch, differing, write_json
+from experiments.place import Place
 from experiments.train import Run, TrainConfig
-from experiments.training.files import read_json, remove_folder, remove_partial, whole_folder
-from experiments.training.place import Place
 from s2attn.core import bad_value
+from s2attn.core.files import read_json
 
 
 class Partial:

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 
 from experiments.data import Batch, Feed
+from experiments.files import read_tensors, write_file
 from experiments.model import Block, LanguageModel, ModelConfig
-from experiments.training.files import read_tensors, write_file
-from experiments.training.place import ALONE, Place
+from experiments.place import ALONE, Place
 from s2attn.core import StrPath, as_path, bad_value, check_int
 
 Log = Callable[[dict[str, Any]], None]

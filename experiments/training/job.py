@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from experiments.files import write_file
 from experiments.model import LanguageModel
+from experiments.place import Place, place_of
 from experiments.progress import Metrics, Record, Show
 from experiments.train import Run, train_in_turn
 from experiments.training.config import DataConfig, JobConfig
 from experiments.training.documents import Documents, read_documents
-from experiments.training.files import write_file
 from experiments.training.packing import Packed, Rows
-from experiments.training.place import Place, place_of
 from experiments.training.store import Store
 from experiments.training.tokens import FILE, BytePairs, Bytes, Tokenizer, Tokens
 from s2attn.core import bad_value

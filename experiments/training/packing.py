@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.data import Batch, generator_of
-from experiments.training.place import ALONE, Place
+from experiments.place import ALONE, Place
 from experiments.training.tokens import END, Tokens
 from s2attn.core import bad_value, check_int
 

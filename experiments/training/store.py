@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from experiments.files import read_tensors, remove_folder, remove_partial, whole_folder
 from experiments.train import TRAINING, Run
-from experiments.training.files import read_tensors, remove_folder, remove_partial, whole_folder
 from experiments.training.tokens import Tokenizer
 from s2attn.core import bad_value, check_int
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.data import END_OF_FILE, VOCABULARY
-from experiments.training.files import write_file
+from experiments.files import write_file
 from s2attn.core import StrPath, as_path, bad_value, check_int, requires
 
 END = END_OF_FILE

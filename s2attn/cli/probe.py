@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from experiments.training.files import read_json
 from s2attn.analysis.compare import NeedsTraining, Progress, compare
 from s2attn.analysis.suggest import suggest
 from s2attn.cli.screen import console, table
 from s2attn.cli.show import read_what
 from s2attn.core import Unsupported, bad_value, check_int, requires, write_text
+from s2attn.core.files import read_json
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -34,6 +35,19 @@ def as_path(argument: str, value: object) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise bad_kind(argument, "must be a string or a path", value)
     return Path(value)
+
+
+def read_json(path: Path, argument: str, rule: str = "must be a JSON file") -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, or nested too deeply.
+        OSError: the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise bad_value(argument, rule, f"{path} ({error})") from None
 
 
 @contextmanager

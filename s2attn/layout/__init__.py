@@ -2,12 +2,12 @@
 
 from s2attn.layout.blocks import from_blocks
 from s2attn.layout.build import HeadRange, build_layout, default_block, layout_heads, pattern_hint, read_cu_seqlens
-from s2attn.layout.convert import from_block_table, from_dense, to_block_table, to_dense
 from s2attn.layout.count import dense_pairs
 from s2attn.layout.flex import from_block_mask, to_block_mask
 from s2attn.layout.index import BlockIndex, Spans, spans_of
 from s2attn.layout.layout import Layout
 from s2attn.layout.readers import last_readers
+from s2attn.layout.table import from_block_table, to_block_table
 
 __all__ = [
     "BlockIndex",
@@ -20,7 +20,6 @@ __all__ = [
     "from_block_mask",
     "from_block_table",
     "from_blocks",
-    "from_dense",
     "last_readers",
     "layout_heads",
     "pattern_hint",
@@ -28,5 +27,4 @@ __all__ = [
     "spans_of",
     "to_block_mask",
     "to_block_table",
-    "to_dense",
 ]

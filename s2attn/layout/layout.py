@@ -183,7 +183,7 @@ class Layout:
         """A layout that allows exactly the True pairs of a ``(T, S)`` or ``(heads, T, S)`` bool mask."""
         from s2attn.layout.convert import from_dense
 
-        return from_dense(mask, block=block)
+        return from_dense(cls, mask, block=block)
 
     def draw(self, head: int = 0, width: int = 64) -> str:
         """One head as text: full, partial and empty blocks; see `s2attn.layout.draw.draw`."""

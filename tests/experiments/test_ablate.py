@@ -23,10 +23,10 @@ from experiments.evidence import evidence_page
 from experiments.folder import Gauge, Watch
 from experiments.model import Block, LanguageModel
 from experiments.partial import Partial
+from experiments.place import Place
 from experiments.progress import Show
 from experiments.tasks import Scores
 from experiments.train import Run
-from experiments.training.place import Place
 from s2attn import Recipe
 
 TINY = replace(AblateSettings.of("tiny").with_steps(3, 2), recipes=("dense", "s2", "s2+1"))

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from experiments.evidence import committed_records
+from experiments.files import remove_folder, remove_partial, write_file
 from experiments.folder import Job, finished
 from experiments.model import LanguageModel, ModelConfig
 from experiments.progress import Metrics
 from experiments.train import Run, TrainConfig, load_model, save_model
 from experiments.training.config import read_config
-from experiments.training.files import remove_folder, remove_partial, write_file
 from experiments.training.store import Store
 from experiments.training.tokens import BytePairs, Bytes
 from s2attn.patterns import Dense, Recipe

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from experiments.data import Batch, stdlib_files
+from experiments.place import Place
 from experiments.training.documents import read_documents
 from experiments.training.packing import Packed, Rows
-from experiments.training.place import Place
 from experiments.training.tokens import END, BytePairs, Bytes, Tokens, tokenizer_in
 
 TEXTS = ["def f(x):\n    return x\n", "naïve café <|end|> ☃\n", "y = 1\n", "import os\n" * 9]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.files import whole_folder, write_file
 from experiments.model import LanguageModel, ModelConfig
 from experiments.train import Run, TrainConfig
-from experiments.training.files import whole_folder, write_file
 from s2attn.patterns import Dense, Recipe
 
 CONFIG = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16, recipe=Recipe(Dense()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2attn import Dense, Local
-from s2attn.layout import Layout, build_layout, from_block_table, from_blocks, from_dense
+from s2attn.layout import Layout, build_layout, from_block_table, from_blocks
 
 BLOCK, T = 16, 40
 
@@ -39,5 +39,5 @@ def test_every_distance(way, causal):
         layout = WAYS[way](seqlen_k, causal)
         assert torch.equal(layout.validate().to_dense()[0], expected), f"S - T = {seqlen_k - T}"
         # A block is full exactly where every pair of it is allowed, and all of its keys exist.
-        exact = from_dense(expected, block=BLOCK)
+        exact = Layout.from_dense(expected, block=BLOCK)
         assert torch.equal(layout.rows.full[0], exact.rows.full[0]), f"S - T = {seqlen_k - T}"

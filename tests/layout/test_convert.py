@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2attn.layout import Layout, build_layout, from_block_table, from_dense, to_block_table
+from s2attn.layout import Layout, build_layout, from_block_table, to_block_table
 from s2attn.patterns import Dense, Local, Random, Stride, Window
 from tests.support.strategies import CallShape, call_shapes, patterns
 
@@ -33,7 +33,7 @@ def same_lists(a: Layout, b: Layout) -> bool:
 @given(patterns(), call_shapes(200))
 def test_layouts_go_through_dense_masks_unchanged(pattern, shape: CallShape):
     layout = built(pattern, shape)
-    again = from_dense(layout.to_dense(), block=shape.block).validate()
+    again = Layout.from_dense(layout.to_dense(), block=shape.block).validate()
     assert torch.equal(again.to_dense(), layout.to_dense())
     assert same_lists(layout, again)
     assert again.pairs.tolist() == layout.pairs.tolist()
@@ -148,12 +148,12 @@ def test_heads_are_checked():
 )
 def test_bad_masks(mask, error, words):
     with pytest.raises(error, match=words):
-        from_dense(mask)
+        Layout.from_dense(mask)
 
 
 def test_bad_block_of_a_mask():
     with pytest.raises(ValueError, match=r"block must be one of 16, 32, 64, 128, 256; got 48"):
-        from_dense(torch.ones(3, 3, dtype=torch.bool), block=48)
+        Layout.from_dense(torch.ones(3, 3, dtype=torch.bool), block=48)
 
 
 @pytest.mark.parametrize(

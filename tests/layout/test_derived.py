@@ -14,7 +14,7 @@ import torch
 
 import s2attn
 from s2attn import Local, Stride, Window
-from s2attn.layout import Layout, build_layout, from_blocks, from_dense
+from s2attn.layout import Layout, build_layout, from_blocks
 from s2attn.layout.derived import Derived, storages_of
 from s2attn.ops import forget_layouts, layout_bytes, source
 
@@ -108,7 +108,7 @@ def test_layouts_are_freed_by_reference_count(without_collector):
     made = {
         "pattern": built(),
         "moved": built().to("cpu"),
-        "dense": from_dense(torch.ones(40, 40, dtype=torch.bool).tril()).validate(),
+        "dense": Layout.from_dense(torch.ones(40, 40, dtype=torch.bool).tril()).validate(),
         "blocks": from_blocks([mask], [(64, 64)], block=16),
         "tensors": Layout.from_tensors([t.clone() for t in built().tensors()], causal=True, packed=False).checked,
     }

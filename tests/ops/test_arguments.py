@@ -10,7 +10,7 @@ import torch
 
 import s2attn
 from s2attn import Dense, Local, Recipe, SparseAttention, Stride, Window
-from s2attn.layout import build_layout, from_blocks, from_dense, spans_of
+from s2attn.layout import Layout, build_layout, from_blocks, spans_of
 from s2attn.ops import warmup
 
 S2 = Local(1, block=16) | Stride(2, block=16)
@@ -111,7 +111,7 @@ def test_numbers_must_be_finite(wrong):
 
 LAYOUTS = {
     "pattern": lambda: build_layout(S2, 4, 2, seqlen_q=40),
-    "dense": lambda: from_dense(MASK.clone(), block=16),
+    "dense": lambda: Layout.from_dense(MASK.clone(), block=16),
     "blocks": lambda: from_blocks([torch.ones(2, 3, 3, dtype=torch.bool)], [(40, 40)], block=16),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,19 +54,6 @@ def read_tensors(path: Path, rule: str, kinds: Mapping[str, type]) -> dict[str, 
     if wrong:
         raise bad_value(path.name, rule, f"{path}, which lacks {', '.join(wrong)}")
     return found
-
-
-def read_json(path: Path, argument: str, rule: str = "must be a JSON file") -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-        ValueError: not UTF-8, not JSON, or nested too deeply.
-        OSError: the file cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise bad_value(argument, rule, f"{path} ({error})") from None
 
 
 @contextmanager

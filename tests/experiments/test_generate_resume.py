@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from experiments.cli.app import app
 from experiments.model import LanguageModel, ModelConfig
 from experiments.train import save_model
 from s2attn import Dense, Power, Recipe, SparseCache
-from s2attn.cli.app import app
 
 
 def checkpoint(folder: Path, recipe: Recipe) -> str:
