@@ -7,11 +7,19 @@ import ctypes
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Pages, Requests, Scoring, Writes
+from s2attn.backends.base import Backend, Pages, Reduction, Requests, Scoring, Writes
 from s2attn.backends.checks import paged_objections, plain_objections, store_objections
 from s2attn.backends.cpu import paged
 from s2attn.backends.cpu.build import kernels, unavailable
-from s2attn.backends.cpu.library import CAttention, CGradients, CTensor, LayoutIndex, finish, layout_index
+from s2attn.backends.cpu.library import (
+    CAttention,
+    CGradients,
+    CMass,
+    CTensor,
+    LayoutIndex,
+    finish,
+    layout_index,
+)
 from s2attn.layout import Layout
 
 
@@ -96,12 +104,31 @@ class Cpu(Backend):
         return paged.decode(q, pages, requests, layout, scoring)
 
     def store_objections(self, new: Writes) -> list[str]:
-        if new.k_pages.dtype == torch.float64:
-            return ["pages of torch.float64 belong to the torch backend"]
         return self.objections(new.k, new.k, new.v) or store_objections(new)
 
     def store(self, new: Writes) -> None:
         paged.store(new)
+
+    def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
+        return self.objections(q, k, k)
+
+    def antidiagonal(self, q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
+        (batch, seqlen_q, heads, width), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
+        blocks = -(-seqlen_q // reduction.block), -(-seqlen_k // reduction.block)
+        out = torch.zeros((batch, heads, *blocks), dtype=torch.float32)
+        call = CMass(
+            CTensor.of(q),
+            CTensor.of(k),
+            out.data_ptr(),
+            reduction.scale,
+            reduction.softcap or 0.0,
+            *(reduction.stride, reduction.block, reduction.causal),
+            reduction.reach(seqlen_q, seqlen_k),
+            *(batch, heads, kv_heads, seqlen_q, seqlen_k, width),
+            torch.get_num_threads(),
+        )
+        finish(kernels().library.s2_antidiagonal(ctypes.byref(call)))
+        return out
 
 
 def _call(

@@ -80,6 +80,21 @@ class CGradients(ctypes.Structure):
     ]
 
 
+class CMass(ctypes.Structure):
+    """`Mass` of api.h."""
+
+    _fields_ = [
+        ("q", CTensor),
+        ("k", CTensor),
+        ("out", c_void_p),
+        ("scale", c_double),
+        ("softcap", c_double),
+        *((name, c_int64) for name in ("stride", "block", "causal", "reach")),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "width")),
+        ("threads", c_int64),
+    ]
+
+
 class LayoutIndex:
     """A layout as the kernels read it: its tensors, mask tiles as bits, and the order of rows.
 
@@ -149,3 +164,10 @@ def tile_bits(tiles: Tensor, *, by_query: bool) -> Tensor:
 def _densest_first(counts: Tensor) -> Tensor:
     """Layout heads as int32, those with the most entries first."""
     return torch.argsort(counts.sum(1), descending=True, stable=True).int()
+
+
+def record_sizes() -> dict[str, tuple[int, int]]:
+    """Bytes of each record here and in the library, which must agree."""
+    records = (CTensor, CIndex, CColumns, CAttention, CGradients, CMass)
+    size_of = kernels().library.s2_record_size
+    return {kind.__name__: (ctypes.sizeof(kind), size_of(c_int64(number))) for number, kind in enumerate(records)}

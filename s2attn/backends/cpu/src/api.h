@@ -79,6 +79,9 @@ inline int64_t words_of(int64_t block) { return (block + 63) / 64; }
 // The instruction set that this library was compiled for.
 S2_API const char* s2_isa();
 
+// Bytes of Tensor, Index, Columns, Attention, Gradients and Mass, by number.
+S2_API int64_t s2_record_size(int64_t number);
+
 // Mask tiles (count, block, block) of bytes [query, key] as `Index::bits`, or as `Columns::bits`.
 S2_API void s2_pack_tiles(
     const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits);
@@ -91,3 +94,21 @@ S2_API int s2_forward(const s2::Attention* call);
 
 // Gradients of a call whose out and lse are there. Returns as `s2_forward`.
 S2_API int s2_backward(const s2::Attention* call, const s2::Gradients* gradients);
+
+namespace s2 {
+
+// Block mass from strided antidiagonals: `Reduction`, and queries and keys of one call.
+struct Mass {
+    Tensor q, k;
+    float* out;  // (batch, heads, query blocks, key blocks), which is 0
+    double scale;
+    double softcap;  // 0 for none
+    int64_t stride, block, causal, reach;
+    int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, width;
+    int64_t threads;
+};
+
+}  // namespace s2
+
+// Fills `out`. Returns as `s2_forward`.
+S2_API int s2_antidiagonal(const s2::Mass* call);
