@@ -22,7 +22,7 @@ from tests.support.portability import OPERATIONS, RECORD, Finding, compile_for, 
 def test_everything_is_right_on_a_cpu() -> None:
     found = list(run_here(torch.device("cpu"), "CPU"))
     assert len(found) == 3 * len(OPERATIONS)
-    assert {(one.result, one.backend) for one in found} == {("right", "torch")}
+    assert {one.result for one in found} == {"right"} and {one.backend for one in found} <= {"cpu", "torch"}
 
 
 def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,25 @@ class Cpu(Backend):
         finish(kernels().library.s2_backward(ctypes.byref(call), ctypes.byref(gradients)))
         return dq.to(q.dtype), dk, dv
 
+    def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
+        return self.objections(q, q, q) or paged_objections(q, pages)
+
+    def forward_paged(
+        self,
+        q: Tensor,
+        pages: Pages,
+        requests: Requests,
+        layout: Layout,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Tensor]:
+        return paged.decode(q, pages, requests, layout, scoring)
+
+    def store_objections(self, new: Writes) -> list[str]:
+        return self.objections(new.k, new.k, new.v) or store_objections(new)
+
+    def store(self, new: Writes) -> None:
+        paged.store(new)
+
     def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
         return self.objections(q, k, k)
 
@@ -110,27 +129,6 @@ class Cpu(Backend):
         )
         finish(kernels().library.s2_antidiagonal(ctypes.byref(call)))
         return out
-
-    def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
-        return self.objections(q, q, q) or paged_objections(q, pages)
-
-    def forward_paged(
-        self,
-        q: Tensor,
-        pages: Pages,
-        requests: Requests,
-        layout: Layout,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Tensor]:
-        return paged.decode(q, pages, requests, layout, scoring)
-
-    def store_objections(self, new: Writes) -> list[str]:
-        if new.k_pages.dtype == torch.float64:
-            return ["pages of torch.float64 belong to the torch backend"]
-        return self.objections(new.k, new.k, new.v) or store_objections(new)
-
-    def store(self, new: Writes) -> None:
-        paged.store(new)
 
 
 def _call(
