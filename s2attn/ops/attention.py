@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from s2attn.core import bad_kind, bad_value, check_block, check_int
 from s2attn.layout import HeadRange, Layout, pattern_hint
 from s2attn.ops.checks import (
     autocast,
+    check_backend,
+    check_causal,
     check_cu_seqlens,
     check_heads,
     check_layout,
@@ -89,14 +90,11 @@ def attention(
     given = own_lengths(check_cu_seqlens(cu_seqlens_q, cu_seqlens_k))
     packed = bool(given)
     check_tensors(q, k, v, packed)
-    if causal is not None and not isinstance(causal, bool):
-        raise bad_kind("causal", "must be True, False or None", causal)
+    check_causal(causal)
     scale, softcap = check_scale(scale, q.shape[-1]), check_softcap(softcap)
     check_sinks(sinks, q)
-    if not isinstance(backend, str):
-        raise bad_kind("backend", "must be a string", backend)
-    if not torch.compiler.is_compiling():
-        warn_swapped(q, k, packed)
+    check_backend(backend)
+    warn_swapped(q, k, packed)
     q, k, v = autocast(q, k, v)
     sharded = _sharded(q, k, v)
     if sharded is not None:
@@ -106,8 +104,7 @@ def attention(
         if block is not None or heads is not None:
             raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
         cut: Any = {"causal": causal is not False, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
-        cu_q, cu_k = given or (None, None)
-        layout = pattern.layout(q, k, **cut, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        layout = pattern.layout(q, k, **cut, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), given, strict=False)))
         source, index = layout_text(layout), layout.tensors()
     elif layout is not None:
         if block is not None or layer or heads is not None:
@@ -125,14 +122,20 @@ def attention(
     if sharded is not None:
         source, index = sharded.call(source, index, q, k)
     out, lse = call_attention(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    node: Any = out.grad_fn
-    if isinstance(pattern, Selector) and node is not None:
-        node.metadata["s2attn.layout"] = layout  # nobody else holds it, and the backward walks it too
+    if isinstance(pattern, Selector):
+        _hold(layout, out)
     if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)
     if joined:
         out, lse = out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
     return (out, lse) if return_lse else out
+
+
+def _hold(layout: Any, out: Tensor) -> None:
+    """Keep a selector's layout, which no one else holds, until the backward has read it."""
+    node: Any = out.grad_fn
+    if node is not None:
+        node.metadata["s2attn.layout"] = layout
 
 
 def _sharded(*tensors: Tensor) -> Any:

@@ -83,7 +83,7 @@ def warn_swapped(q: Tensor, k: Tensor, packed: bool) -> None:
 
     One new token over a long cache has many keys, and a short prompt few KV heads: neither is warned of.
     """
-    if packed or k.shape[2] < MANY_HEADS or k.shape[1] >= k.shape[2] or q.shape[1] >= q.shape[2]:
+    if torch.compiler.is_compiling() or packed or k.shape[2] < MANY_HEADS or k.shape[1] >= k.shape[2] or q.shape[1] >= q.shape[2]:
         return
     came = f"{q.shape[1]} queries of {q.shape[2]} heads and {k.shape[1]} keys of {k.shape[2]} heads"
     warnings.warn(f"q and k look swapped, with {came}{_order_hint(packed)}", UserWarning, stacklevel=3)
@@ -123,6 +123,18 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         raise bad_value("sinks", f"must have shape ({q.shape[-2]},), one number for each head of q", tuple(sinks.shape))
     if sinks.device != q.device:
         raise bad_value("sinks", f"must lie on the device of q, {q.device}", sinks.device)
+
+
+def check_causal(causal: bool | None) -> None:
+    """None is "not given"."""
+    if causal is not None and not isinstance(causal, bool):
+        raise bad_kind("causal", "must be True, False or None", causal)
+
+
+def check_backend(backend: str) -> None:
+    """The name of a backend; whether there is one of that name is found where it is picked."""
+    if not isinstance(backend, str):
+        raise bad_kind("backend", "must be a string", backend)
 
 
 def check_heads(heads: HeadRange | None, q: Tensor) -> None:
