@@ -104,7 +104,8 @@ def attention(
         if block is not None or heads is not None:
             raise bad_value("block and heads", "must be left out when a selector is given", (block, heads))
         cut: Any = {"causal": causal is not False, "scale": scale, "softcap": softcap, "layer": layer, "backend": backend}
-        layout = pattern.layout(q, k, **cut, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), given, strict=False)))
+        cut |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), given, strict=False))
+        layout = pattern.layout(q, k, **cut)
         source, index = layout_text(layout), layout.tensors()
     elif layout is not None:
         if block is not None or layer or heads is not None:
