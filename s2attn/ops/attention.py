@@ -123,8 +123,7 @@ def attention(
     if sharded is not None:
         source, index = sharded.call(source, index, q, k)
     out, lse = call_attention(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    if isinstance(pattern, Selector):
-        _hold(layout, out)
+    _hold(layout if isinstance(pattern, Selector) else None, out)
     if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)
     if joined:
@@ -135,7 +134,7 @@ def attention(
 def _hold(layout: Any, out: Tensor) -> None:
     """Keep a selector's layout, which no one else holds, until the backward has read it."""
     node: Any = out.grad_fn
-    if node is not None:
+    if layout is not None and node is not None:
         node.metadata["s2attn.layout"] = layout
 
 
