@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.model import ModelConfig
 from s2attn.core import bad_value, check_int
-from s2attn.layout import build_layout, to_dense
+from s2attn.layout import build_layout
 from s2attn.patterns import Pattern
 from s2attn.patterns.runs import Array
 
@@ -64,4 +64,4 @@ def visible(config: ModelConfig, seqlen: int, layer: int) -> Tensor:
 
 @cache
 def _visible(pattern: Pattern, heads: int, kv_heads: int, seqlen: int, layer: int) -> Tensor:
-    return to_dense(build_layout(pattern, heads, kv_heads, seqlen, seqlen, layer=layer)).any(0).float()
+    return build_layout(pattern, heads, kv_heads, seqlen, seqlen, layer=layer).to_dense().any(0).float()

@@ -65,18 +65,6 @@ def backend_and_dtype(request: pytest.FixtureRequest) -> tuple[Backend, torch.dt
     return _PAIRS[request.param]
 
 
-@pytest.fixture(params=[name for name in _SERVING if not name.startswith("portable")])
-def selecting_backend(request: pytest.FixtureRequest) -> Backend:
-    """Those that mask by selection; the portable backend, which will be replaced, adds its masks."""
-    return _SERVING[request.param]
-
-
-@pytest.fixture(params=[name for name in _PAIRS if not name.startswith("portable")])
-def selecting_backend_and_dtype(request: pytest.FixtureRequest) -> tuple[Backend, torch.dtype]:
-    """The same with every dtype that they serve."""
-    return _PAIRS[request.param]
-
-
 @pytest.fixture(params=[name for name in _SERVING if name not in ("reference", "triton")])
 def sparse_backend(request: pytest.FixtureRequest) -> Backend:
     """Those that never touch what a layout does not list."""

@@ -59,21 +59,21 @@ def check_masked_keys(backend: Backend, value: float, scoring: str) -> None:
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
-def test_huge_numbers_in_masked_keys_change_nothing(selecting_backend: Backend, scoring: str) -> None:
+def test_huge_numbers_in_masked_keys_change_nothing(backend: Backend, scoring: str) -> None:
     """Not from other blocks, and not from a query's own partial blocks; forward and backward."""
-    check_masked_keys(selecting_backend, HUGE, scoring)
+    check_masked_keys(backend, HUGE, scoring)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_masked_keys_never_leak(plain_backend: Backend, value: float, scoring: str) -> None:
+def test_masked_keys_never_leak(masking_backend: Backend, value: float, scoring: str) -> None:
     """Neither do NaN and infinity, except in the tiles of Triton's attention kernels."""
-    check_masked_keys(plain_backend, value, scoring)
+    check_masked_keys(masking_backend, value, scoring)
 
 
-def test_later_keys_of_huge_numbers(selecting_backend_and_dtype: tuple[Backend, torch.dtype]) -> None:
+def test_later_keys_of_huge_numbers(backend_and_dtype: tuple[Backend, torch.dtype]) -> None:
     """Unused slots behind the queries hold what memory held before: their products may be +inf."""
-    backend, dtype = selecting_backend_and_dtype
+    backend, dtype = backend_and_dtype
     mask = torch.ones(1, 100, 100, dtype=torch.bool).tril()
     p = make_problem(Layout.from_dense(mask, block=64), mask, heads=2, kv_heads=1, width=16).to(dtype)
     clean = run(backend, p)
@@ -86,13 +86,13 @@ def test_later_keys_of_huge_numbers(selecting_backend_and_dtype: tuple[Backend, 
 
 
 @pytest.mark.parametrize("size", [1e29, 1e31, 1e36])
-def test_logits_that_are_all_far_below_zero(selecting_backend: Backend, size: float) -> None:
+def test_logits_that_are_all_far_below_zero(backend: Backend, size: float) -> None:
     """They are still seen: the row is not an empty one."""
     mask = torch.ones(1, 40, 70, dtype=torch.bool).tril(30)
     p = make_problem(Layout.from_dense(mask, block=32), mask, heads=2, kv_heads=1, width=16)
     p = p.to(torch.float32)
     k = -size * (1 + 0.01 * torch.arange(70.0))[None, :, None, None].expand_as(p.k)
-    got = run(selecting_backend, replace(p, q=torch.ones_like(p.q), k=k))
+    got = run(backend, replace(p, q=torch.ones_like(p.q), k=k))
     # The first key has the largest logit, by so much that it has all the weight.
     torch.testing.assert_close(got.out, p.v[:, :1].expand_as(got.out))
     torch.testing.assert_close(got.lse, torch.full_like(got.lse, -4 * size), atol=0.0, rtol=1e-6)
@@ -100,26 +100,26 @@ def test_logits_that_are_all_far_below_zero(selecting_backend: Backend, size: fl
 
 
 @pytest.mark.parametrize("softcap", [1e-30, 1e30])
-def test_the_smallest_and_the_largest_softcap(selecting_backend: Backend, softcap: float) -> None:
+def test_the_smallest_and_the_largest_softcap(backend: Backend, softcap: float) -> None:
     """With the one all seen keys weigh the same, with the other the cap changes nothing."""
     p = random_problem(2, 1, 1, 40, 40, 32, causal=True, width=16).to(torch.float32)
-    got = run(selecting_backend, replace(p, softcap=softcap))
+    got = run(backend, replace(p, softcap=softcap))
     if softcap > 1:
-        expected = run(selecting_backend, p)
+        expected = run(backend, p)
     else:
-        expected = run(selecting_backend, replace(p, q=torch.zeros_like(p.q)))
+        expected = run(backend, replace(p, q=torch.zeros_like(p.q)))
         assert not got.dq.abs().max() > 1e-20
     for name in ("out", "lse", "dv") if softcap < 1 else ("out", "lse", "dq", "dk", "dv"):
         assert close(getattr(got, name), getattr(expected, name)), name
 
 
-def test_a_sink_of_infinity_takes_all_the_weight(selecting_backend: Backend) -> None:
+def test_a_sink_of_infinity_takes_all_the_weight(backend: Backend) -> None:
     sinks = torch.tensor([torch.inf, 0.5, torch.inf, -torch.inf])
     p = random_problem(4, 2, 2, 50, 40, 32, causal=True, width=16).to(torch.float32)
-    got = run(selecting_backend, replace(p, sinks=sinks))
+    got = run(backend, replace(p, sinks=sinks))
     assert not got.out[:, :, ::2].any() and torch.all(got.lse[:, ::2] == torch.inf)
     assert not got.dq[:, :, ::2].any()
-    finite = run(selecting_backend, replace(p, sinks=torch.tensor([-torch.inf, 0.5, -torch.inf, -torch.inf])))
+    finite = run(backend, replace(p, sinks=torch.tensor([-torch.inf, 0.5, -torch.inf, -torch.inf])))
     for name in ("out", "dq"):
         assert close(getattr(got, name)[:, :, 1::2], getattr(finite, name)[:, :, 1::2]), name
     assert got.dk.isfinite().all() and got.dv.isfinite().all()
@@ -127,21 +127,21 @@ def test_a_sink_of_infinity_takes_all_the_weight(selecting_backend: Backend) -> 
     assert close(got.dsinks[::2], p.dlse[:, ::2].sum((0, 2)))
 
 
-def test_the_gradient_of_the_lse_of_an_empty_row_is_not_used(selecting_backend: Backend) -> None:
+def test_the_gradient_of_the_lse_of_an_empty_row_is_not_used(backend: Backend) -> None:
     p = random_problem(2, 1, 1, 60, 40, 32, causal=True, width=16).to(torch.float32)
     empty = ~p.mask.any(-1)[None]
     assert empty.any()
-    expected, got = run(selecting_backend, p), run(selecting_backend, replace(p, dlse=p.dlse.masked_fill(empty, torch.nan)))
+    expected, got = run(backend, p), run(backend, replace(p, dlse=p.dlse.masked_fill(empty, torch.nan)))
     for name in ("dq", "dk", "dv"):
         assert close(getattr(got, name), getattr(expected, name)), name
     assert not got.dq.transpose(1, 2)[empty].any()
 
 
-def test_a_row_of_nan_has_an_lse_of_nan(selecting_backend: Backend) -> None:
+def test_a_row_of_nan_has_an_lse_of_nan(backend: Backend) -> None:
     """It is not taken for a row that sees nothing."""
     p = random_problem(2, 2, 2, 50, 50, 32, causal=True, width=16).to(torch.float32)
     k = p.k.clone()
     k[:, 40] = torch.nan
-    out, lse = selecting_backend.forward(p.q, k, p.v, p.layout, p.scoring)
+    out, lse = backend.forward(p.q, k, p.v, p.layout, p.scoring)
     seen = p.mask[..., 40][None]
     assert torch.equal(lse.isnan(), seen) and torch.equal(out.isnan().any(-1), by_query(seen))

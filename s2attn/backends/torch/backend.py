@@ -38,7 +38,8 @@ class Torch(Backend):
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         with exact_arithmetic(q.device):
-            return gradients(Problem.of(q, k.shape[2], layout, scoring), k, v, dout, dlse, out, lse)
+            dq, dk, dv = gradients(Problem.of(q, k.shape[2], layout, scoring), k, v, dout, dlse, out, lse)
+            return dq, dk, dv
 
     def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
         return plain_objections(q, k, k)

@@ -98,9 +98,9 @@ def chunks(index: BlockIndex, items: Items, most: Callable[[int, int], int]) -> 
         rows, width = shape[:, first].tolist()
         step = max(1, most(rows, width))
         for low in range(first, end, step):
-            *place, at, counts, fulls, tiles = table[:, low : min(end, low + step)]
+            batch, unit, line, inside, tokens, start, at, counts, fulls, tiles = table[:, low : min(end, low + step)]
             block, code = _lists(index, at, counts, fulls, tiles, width)
-            yield Chunk(*place, rows, block, code, int(full[order[low]]))
+            yield Chunk(batch, unit, line, inside, tokens, start, rows, block, code, int(full[order[low]]))
 
 
 def _lists(index: BlockIndex, begin: Tensor, count: Tensor, full: Tensor, tile: Tensor, width: int) -> tuple[Tensor, Tensor]:
