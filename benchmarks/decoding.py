@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.flex import mask_function, torch_flex
-from benchmarks.peer import NO_CUDA
+from benchmarks.peer import NO_CUDA, default_backend
 from benchmarks.peers import sdpa_context
 from s2attn.ops.decode import decode
 from s2attn.patterns import Dense, Head, Pattern, Shape
@@ -247,7 +247,7 @@ def run_decode_case(
     A copy is timed in turn with all others, and so is, beside a ragged batch, a uniform one in which the pattern lists as many bytes.
     """
     meter = meter or Meter()
-    backend = backend or ("triton" if meter.device == "cuda" else "torch")
+    backend = backend or default_backend(meter.device)
     turns = Turns(case.name, meter, journal or Journal(), deadline)
     batch = Batch.of(case, seed, meter.device)
     oracle = DecodeOracle(batch)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peer import default_backend
 from benchmarks.peers import Sdpa, make_peers
 from benchmarks.selecting import beside_dense
 from s2attn.core import bad_value
@@ -169,7 +170,7 @@ class Estimating:
 
     def __init__(self, case: HyperCase, meter: Meter, seed: int, backend: str | None):
         self.case, self.meter, self.seed = case, meter, seed
-        self.backend = backend or ("triton" if meter.device == "cuda" else "torch")
+        self.backend = backend or default_backend(meter.device)
         self.generator = torch.Generator(meter.device).manual_seed(seed)
         self.tokens = Tokens.themed(case, self.generator)
         self.heard: list[dict[str, float]] = []

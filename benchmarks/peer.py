@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from s2attn.backends import pick
 from s2attn.layout import Layout, build_layout
 from s2attn.patterns import Pattern
 from s2attn.tuning.cases import AttentionCase
@@ -66,6 +68,14 @@ class Peer(ABC):
     @abstractmethod
     def prepare(self, case: AttentionCase) -> Prepared:
         """Everything that is done once per mask; raises `s2attn.tuning.rows.Skip` where the peer cannot serve the case."""
+
+
+def default_backend(device: str) -> str:
+    """The backend of s2attn that a benchmark times where none is named: Triton's kernels on a GPU, else what `auto` takes."""
+    if device == "cuda":
+        return "triton"
+    x = torch.zeros(1, 1, 1, 16, device=device)
+    return pick("auto", x, x, x).name
 
 
 def case_layout(case: AttentionCase, device: str, block: int | None = None) -> Layout:

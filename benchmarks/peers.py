@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.flex import Flex, FlexTuned
 from benchmarks.original import Original
-from benchmarks.peer import NO_CUDA, Attend, Peer, Prepared, case_layout, listed_pairs
+from benchmarks.peer import NO_CUDA, Attend, Peer, Prepared, case_layout, default_backend, listed_pairs
 from s2attn.core import bad_value
 from s2attn.ops import attention
 from s2attn.patterns import Dense
@@ -23,13 +23,13 @@ from s2attn.tuning.cases import AttentionCase
 
 
 class S2Attn(Peer):
-    """This library, with one backend: Triton on a CUDA device and plain torch elsewhere, where none is named."""
+    """This library, with one backend; see `default_backend` where none is named."""
 
     name = "s2attn"
 
     def __init__(self, device: str = "cpu", backend: str | None = None):
         super().__init__(device)
-        self.backend = backend or ("triton" if device == "cuda" else "torch")
+        self.backend = backend or default_backend(device)
 
     def prepare(self, case: AttentionCase) -> Prepared:
         began = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peer import default_backend
 from benchmarks.peers import make_peers
 from s2attn.core import bad_value, check_int
 from s2attn.layout import Layout
@@ -215,7 +216,7 @@ class Selecting:
 
     def __init__(self, case: SelectCase, meter: Meter, seed: int, backend: str | None):
         self.case, self.meter, self.sample = case, meter, case.sample(seed, meter.device)
-        self.backend = backend or ("triton" if meter.device == "cuda" else "torch")
+        self.backend = backend or default_backend(meter.device)
         self.oracle = SelectOracle(case, self.sample, seed)
 
     def parts(self) -> tuple[dict[str, Call], Tensor, Layout]:

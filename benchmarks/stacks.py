@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peer import default_backend
 from benchmarks.peers import sdpa_context
 from benchmarks.stack import Contiguous, Stack, StackCase, Step
 from s2attn.layout import HeadRange, Layout, build_layout, layout_heads
@@ -93,7 +94,7 @@ class Ours(StackPeer):
 
     def __init__(self, case: StackCase, device: str, backend: str | None):
         super().__init__(OURS)
-        self.case, self.backend = case, backend or ("triton" if device == "cuda" else "torch")
+        self.case, self.backend = case, backend or default_backend(device)
         self.facts = {"backend": self.backend}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         began = time.perf_counter()
