@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -31,6 +33,17 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def paged(name: str) -> Backend:
     return get_backend(name)
+
+
+def test_records_have_the_sizes_of_the_library() -> None:
+    """Those of the cpu backend that follow the ones of `library.record_sizes`."""
+    from s2attn.backends.cpu import build, library, paged
+
+    if build.unavailable():
+        pytest.skip("the cpu backend is not available")
+    first, size_of = len(library.record_sizes()), build.kernels().library.s2_record_size
+    for number, kind in enumerate((paged.CTable, paged.CDecode, paged.CStore), first):
+        assert ctypes.sizeof(kind) == size_of(ctypes.c_int64(number)), kind
 
 
 def pages_of(keys: list[torch.Tensor], page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
