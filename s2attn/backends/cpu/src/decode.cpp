@@ -375,12 +375,25 @@ struct Combine {
     }
 };
 
+// All parts; those of the heads of a line at the same place of their lists are neighbours, since
+// the keys of several heads lie next to each other.
+std::vector<Part> parts_of(const std::vector<Strip>& strips) {
+    std::vector<Part> parts;
+    for (size_t begin = 0, end; begin < strips.size(); begin = end) {
+        int64_t most = 0;
+        for (end = begin; end < strips.size() && strips[end].line.query == strips[begin].line.query; end++)
+            most = std::max(most, strips[end].parts);
+        for (int64_t p = 0; p < most; p++)
+            for (size_t i = begin; i < end; i++)
+                if (p < strips[i].parts) parts.push_back({(int64_t)i, p});
+    }
+    return parts;
+}
+
 void decode(const Decode& call) {
     const std::vector<Strip> strips = strips_of(call);
     if (strips.empty()) return;
-    std::vector<Part> parts;
-    for (size_t i = 0; i < strips.size(); i++)
-        for (int64_t p = 0; p < strips[i].parts; p++) parts.push_back({(int64_t)i, p});
+    const std::vector<Part> parts = parts_of(strips);
     const Strip& last = strips.back();
     const std::unique_ptr<float[]> sums(new float[last.partial + last.parts * part_floats(call, last)]);
     parallel_for((int64_t)parts.size(), (int)call.threads, [&](int64_t i) {
