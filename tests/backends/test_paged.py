@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -31,6 +37,17 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def paged(name: str) -> Backend:
     return get_backend(name)
+
+
+def test_records_have_the_sizes_of_the_library() -> None:
+    """Those of the cpu backend that follow the ones of `library.record_sizes`."""
+    from s2attn.backends.cpu import build, library, paged
+
+    if build.unavailable():
+        pytest.skip("the cpu backend is not available")
+    first, size_of = len(library.record_sizes()), build.kernels().library.s2_record_size
+    for number, kind in enumerate((paged.CTable, paged.CDecode, paged.CStore), first):
+        assert ctypes.sizeof(kind) == size_of(ctypes.c_int64(number)), kind
 
 
 def pages_of(keys: list[torch.Tensor], page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,3 +269,28 @@ def test_float8_is_rounded_as_torch_rounds(paged: Backend, dtype: torch.dtype) -
     expected = (rows.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     nan = (expected & 0x7F) == 0x7F
     assert torch.equal(got[~nan], expected[~nan]) and bool(((got[nan] & 0x7F) == 0x7F).all())
+
+
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-march=x86-64"] if platform.machine() == "x86_64" else [])
+def test_narrower_vectors_decode_the_same(flags: str) -> None:
+    """AVX2 without AVX-512, and 128 bits, as `test_cpu_build` has it for attention."""
+    code = """
+import torch, s2attn
+from s2attn import Local, Stride
+from s2attn.backends.cpu.build import kernels
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+    k_pages, v_pages = torch.randn(2, 12, 16, 2, 32).to(dtype)
+    for queries in (1, 3, 20):
+        q = torch.randn(2, queries, 4, 32).to(torch.float32 if dtype == torch.float8_e4m3fn else dtype)
+        where = {"block_table": torch.randperm(12).view(2, 6), "seq_lens": torch.tensor([90, 33])}
+        call = (q, k_pages, v_pages, Local(2, 16) | Stride(3, block=16))
+        a, b = (s2attn.decode(*call, **where, return_lse=True, backend=name)[1] for name in ("cpu", "torch"))
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=3e-6)
+        a, b = (s2attn.decode(*call, **where, backend=name).float() for name in ("cpu", "torch"))
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=3e-6 if q.dtype == torch.float32 else 1e-2)
+print(kernels().isa)
+"""
+    env = {**os.environ, "S2ATTN_CPU_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    assert done.stdout.strip() in ("AVX2, FMA", "128-bit vectors"), done.stderr

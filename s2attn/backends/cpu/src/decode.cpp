@@ -1,9 +1,6 @@
 // Attention over pages: a few query rows, and many keys that are read once.
 //
-// A line is the queries of one sequence that stand in one row block. A strip is a line of query heads
-// that share their lists, and a part is a range of its list: LeanAttention's split (arXiv:2405.10480),
-// but of a fixed size that follows from the strip alone, so that its bits do not depend on what else is
-// in the batch. Parts leave unnormalised sums, which are added up in the order of the list.
+// Parts of lists leave unnormalised sums, which are added up in the order of the list.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -13,93 +10,10 @@
 #include "narrow.h"
 #include "pool.h"
 #include "rows.h"
-#include "work.h"
+#include "strips.h"
 
 namespace s2 {
 namespace {
-
-constexpr int64_t STRIP_ROWS = 256;  // most rows of a strip of several heads
-constexpr int64_t FEW_ROWS = 8;      // up to which vectors run along the width
-constexpr int64_t PART_KEYS = 1024;  // of a part, for up to `FEW_ROWS` rows
-
-struct Line {
-    int64_t sequence, row, low, tokens, query;
-};
-
-struct Strip {
-    Line line;
-    int64_t kv_head, layout_head, head, heads;
-    int64_t begin, end;      // the list
-    int64_t step;            // entries of a part
-    int64_t parts, partial;  // where its first part leaves its sums, in floats
-
-    int64_t rows() const { return heads * line.tokens; }
-};
-
-struct Part {
-    int64_t strip, number;
-};
-
-int64_t padded(int64_t width) { return round_up(width, W); }
-
-// Floats of the sums of one part: weighted values, and m and l of each row.
-int64_t part_floats(const Decode& call, const Strip& strip) {
-    return round_up(strip.rows() * (padded(call.v_width) + 2), W);
-}
-
-// Lines of a packed layout, as far as they lie in the call.
-void lines_of_spans(const Decode& call, std::vector<Line>& lines) {
-    for (int64_t row = 0; row < call.lines; row++) {
-        const Line line{call.q_sequence[row], row, 0, call.q_length[row], call.q_start[row]};
-        if (line.sequence < call.sequences && line.query + line.tokens <= call.total) lines.push_back(line);
-    }
-}
-
-// Lines of sequences whose last queries stand at their last positions.
-void lines_by_position(const Decode& call, std::vector<Line>& lines) {
-    const int64_t room = call.table.entries * call.page_size;
-    int64_t begin = 0, even = call.total / std::max<int64_t>(call.sequences, 1);
-    for (int64_t s = 0; s < call.sequences; s++) {
-        if (call.cu_q) begin = std::max(begin, std::clamp<int64_t>(call.cu_q[s], 0, call.total));
-        else begin = s * even;
-        int64_t end = call.cu_q ? std::clamp<int64_t>(call.cu_q[s + 1], 0, call.total) : begin + even;
-        end = std::max(begin, end);
-        const int64_t length = std::clamp<int64_t>(call.lengths[s], 0, room);
-        const int64_t before = length - (end - begin);  // position of the first query
-        if (end == begin) continue;
-        for (int64_t row = std::max<int64_t>(before, 0) / call.block; row * call.block < length && row < call.lines; row++) {
-            const int64_t low = std::max(before - row * call.block, (int64_t)0);
-            const int64_t high = std::min(length - row * call.block, call.block);
-            lines.push_back({s, row, low, high - low, begin + row * call.block + low - before});
-        }
-    }
-}
-
-std::vector<Strip> strips_of(const Decode& call) {
-    std::vector<Line> lines;
-    if (call.packed) lines_of_spans(call, lines);
-    else lines_by_position(call, lines);
-    const int64_t units = std::lcm(call.layout_heads, call.kv_heads), per_unit = call.heads / units;
-    std::vector<Strip> strips;
-    int64_t floats = 0;
-    for (const Line& line : lines)
-        for (int64_t unit = 0; unit < units; unit++) {
-            const int64_t layout_head = unit * call.layout_heads / units;
-            const int64_t* ptr = call.ptr + layout_head * (call.lines + 1) + line.row;
-            if (ptr[0] == ptr[1]) continue;
-            const int64_t most = std::max<int64_t>(1, STRIP_ROWS / line.tokens);
-            for (int64_t head = 0; head < per_unit; head += most) {
-                Strip strip{line, unit * call.kv_heads / units, layout_head, unit * per_unit + head,
-                    std::min(most, per_unit - head), ptr[0], ptr[1], 0, 0, floats};
-                const int64_t keys = PART_KEYS * std::max<int64_t>(1, strip.rows() / FEW_ROWS);
-                strip.step = std::max<int64_t>(1, keys / call.block);
-                strip.parts = (strip.end - strip.begin + strip.step - 1) / strip.step;
-                floats += strip.parts * part_floats(call, strip);
-                strips.push_back(strip);
-            }
-        }
-    return strips;
-}
 
 // Up to `TILE` keys of one page.
 struct Tile {
@@ -113,14 +27,16 @@ struct Run {
     const Decode& call;
     const Strip& strip;
     const int64_t width, v_width;
-    float *q, *s, *factor, *k, *v;  // [rows, width], [rows, TILE], [rows], [TILE, width] or [width, TILE], [TILE, v_width]
-    uint64_t* seen;                 // [tokens] bit k where the token sees key k of the tile
-    float *o, *m, *l;               // [rows, v_width], [rows], [rows]
+    float *q, *s, *factor;  // [rows, width], [rows, TILE], [rows]
+    float *k, *v;           // [TILE, width] or [width, TILE], [TILE, v_width]
+    uint64_t* seen;         // [tokens] bit k where the token sees key k of the tile
+    float *o, *m, *l;       // [rows, v_width], [rows], [rows]
     std::vector<Tile> tiles;
 
     Run(const Decode& call, const Strip& strip, float* sums)
         : call(call), strip(strip), width(padded(call.width)), v_width(padded(call.v_width)) {
-        const int64_t rows = strip.rows(), tokens = strip.line.tokens, widest = std::max(width, v_width);
+        const int64_t rows = strip.rows(), tokens = strip.line.tokens,
+                      widest = std::max(width, v_width);
         q = scratch(rows * (width + TILE + 1) + W + TILE * (width + widest) + 2 * tokens + W);
         s = q + rows * width;
         k = s + rows * TILE;
@@ -140,22 +56,25 @@ struct Run {
         const Line& line = strip.line;
         std::fill(q, q + strip.rows() * width, 0.0f);
         for (int64_t h = 0; h < strip.heads; h++)
-            load_rows(q + h * line.tokens * width, width, rows_at(call.q, 0, line.query, strip.head + h),
-                line.tokens, call.width, factor);
+            load_rows(q + h * line.tokens * width, width,
+                rows_at(call.q, 0, line.query, strip.head + h), line.tokens, call.width, factor);
     }
 
     void run(int64_t first) {
         const int64_t line = strip.layout_head * call.lines + strip.line.row;
-        const int64_t full = strip.begin + call.full[line], last = std::min(strip.end, first + strip.step);
+        const int64_t full = strip.begin + call.full[line],
+                      last = std::min(strip.end, first + strip.step);
         for (int64_t e = first; e < last; e++) {
             const uint64_t* mask = nullptr;
             if (e >= full)
-                mask = call.bits + (int64_t)call.tile[call.tile_ptr[line] + e - full] * call.block * words_of(call.block);
+                mask = call.bits + (int64_t)call.tile[call.tile_ptr[line] + e - full] * call.block *
+                                       words_of(call.block);
             find_tiles(call.k_position[call.idx[e]], mask);
         }
         if (tiles.empty()) return;
         load_queries();
-        for (size_t i = 0; i < tiles.size(); i++) attend(tiles[i], i + 1 < tiles.size() ? &tiles[i + 1] : nullptr);
+        for (size_t i = 0; i < tiles.size(); i++)
+            attend(tiles[i], i + 1 < tiles.size() ? &tiles[i + 1] : nullptr);
     }
 
     // The keys of a block in tiles that lie in one page and in one word of a mask.
@@ -178,7 +97,9 @@ struct Run {
         const uint64_t ones = tile.keys == 64 ? ~(uint64_t)0 : ((uint64_t)1 << tile.keys) - 1;
         uint64_t any = 0;
         for (int64_t t = 0; t < strip.line.tokens; t++) {
-            seen[t] = tile.mask[(strip.line.low + t) * words + tile.position / 64] >> tile.position % 64 & ones;
+            seen[t] =
+                tile.mask[(strip.line.low + t) * words + tile.position / 64] >> tile.position % 64 &
+                ones;
             any |= seen[t];
         }
         return any ? 64 - __builtin_clzll(any) : 0;
@@ -186,7 +107,8 @@ struct Run {
 
     // Keys and values are fetched while the product before theirs runs.
     void attend(const Tile& tile, const Tile* next) {
-        const int64_t rows = strip.rows(), keys = round_up(tile.keys, 16);  // pages hold multiples of 16
+        const int64_t rows = strip.rows(),
+                      keys = round_up(tile.keys, 16);  // pages hold multiples of 16
         const bool few = rows <= FEW_ROWS, masked = tile.mask != nullptr;
         Ahead ahead_v = ahead_of(call.v, tile, call.v_width), ahead_k;
         if (next) ahead_k = ahead_of(call.k, *next, call.width);
@@ -196,7 +118,8 @@ struct Run {
             by_four(rows, [&](int64_t r, auto n) {
                 by_element(from.dtype, [&](auto e) {
                     const auto* read = static_cast<const typename decltype(e)::type*>(from.data);
-                    dot_rows<n, decltype(e)>(q + r * width, width, read, from.row, (int)keys, (int)width, s + r * TILE, ahead_v);
+                    dot_rows<n, decltype(e)>(q + r * width, width, read, from.row, (int)keys,
+                        (int)width, s + r * TILE, ahead_v);
                 });
             });
         } else {
@@ -213,20 +136,22 @@ struct Run {
             by_four(rows, [&](int64_t r, auto n) {
                 by_element(from.dtype, [&](auto e) {
                     const auto* read = static_cast<const typename decltype(e)::type*>(from.data);
-                    weigh_rows<n, decltype(e)>(
-                        s + r * TILE, (int)keys, read, ldv, (int)v_width, o + r * v_width, v_width, factor + r, ahead_k);
+                    weigh_rows<n, decltype(e)>(s + r * TILE, (int)keys, read, ldv, (int)v_width,
+                        o + r * v_width, v_width, factor + r, ahead_k);
                 });
             });
         } else {
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t d = 0; d < v_width; d++) o[r * v_width + d] *= factor[r];
-            gemm_nn_add((int)rows, (int)v_width, (int)keys, s, TILE, values, ldv, o, v_width, &ahead_k);
+            gemm_nn_add(
+                (int)rows, (int)v_width, (int)keys, s, TILE, values, ldv, o, v_width, &ahead_k);
         }
     }
 
-    // Rows of a page with zeros up to a multiple of W columns: where they lie, or in float32 in `buffer`.
-    Matrix rows_of(const Tensor& x, const Tile& tile, int64_t keys, int64_t columns, int64_t wide, float* buffer,
-        bool float32) const {
+    // Rows of a page with zeros up to a multiple of W columns: where they lie, or in float32 in
+    // `buffer`.
+    Matrix rows_of(const Tensor& x, const Tile& tile, int64_t keys, int64_t columns, int64_t wide,
+        float* buffer, bool float32) const {
         const Matrix from = page_rows(x, tile);
         if (from.column == 1 && columns == wide && (x.dtype == Float32 || !float32)) return from;
         load_page(buffer, wide, x, from, keys, columns);
@@ -236,26 +161,31 @@ struct Run {
     Ahead ahead_of(const Tensor& x, const Tile& tile, int64_t columns) const {
         const int64_t size = x.dtype == Float8 ? 1 : element_size(x.dtype);
         const Matrix from = page_rows(x, tile);
-        return {static_cast<const char*>(from.data), from.column == 1 ? tile.keys : 0, from.row * size, columns * size};
+        return {static_cast<const char*>(from.data), from.column == 1 ? tile.keys : 0,
+            from.row * size, columns * size};
     }
 
     Matrix page_rows(const Tensor& x, const Tile& tile) const {
         const int64_t size = x.dtype == Float8 ? 1 : element_size(x.dtype);
-        const int64_t first = tile.page * x.stride[0] + tile.offset * x.stride[1] + strip.kv_head * x.stride[2];
+        const int64_t first =
+            tile.page * x.stride[0] + tile.offset * x.stride[1] + strip.kv_head * x.stride[2];
         return {static_cast<const char*>(x.data) + first * size, x.dtype, x.stride[1], x.stride[3]};
     }
 
-    void load_page(float* to, int64_t wide, const Tensor& x, Matrix from, int64_t keys, int64_t columns) const {
+    void load_page(float* to, int64_t wide, const Tensor& x, Matrix from, int64_t keys,
+        int64_t columns) const {
         by_element(x.dtype, [&](auto e) {
             typedef typename decltype(e)::type type;
             for (int64_t i = 0; i < keys; i++) {
                 const type* row = static_cast<const type*>(from.data) + i * from.row;
                 int64_t d = 0;
                 if (from.column == 1)
-                    for (; d + W <= columns; d += W) store(to + i * wide + d, decltype(e)::load(row + d));
+                    for (; d + W <= columns; d += W)
+                        store(to + i * wide + d, decltype(e)::load(row + d));
                 for (; d < wide; d += W) {
                     type rest[W] = {};
-                    for (int64_t j = 0; j < W && d + j < columns; j++) rest[j] = row[(d + j) * from.column];
+                    for (int64_t j = 0; j < W && d + j < columns; j++)
+                        rest[j] = row[(d + j) * from.column];
                     store(to + i * wide + d, decltype(e)::load(rest));
                 }
             }
@@ -317,7 +247,8 @@ struct Run {
             for (int64_t d = 0; d < call.v_width; d++) {
                 float sum = o[r * v_width + d] * factor[r];
                 for (int64_t i = 0; i < keys; i++)
-                    if (seen[r % strip.line.tokens] >> i & 1) sum = std::fma(s[r * TILE + i], values[i * ldv + d], sum);
+                    if (seen[r % strip.line.tokens] >> i & 1)
+                        sum = std::fma(s[r * TILE + i], values[i * ldv + d], sum);
                 o[r * v_width + d] = sum;
             }
     }
@@ -331,7 +262,11 @@ struct Combine {
     const float* sums;
 
     Combine(const Decode& call, const Strip& strip, const float* sums)
-        : call(call), strip(strip), v_width(padded(call.v_width)), floats(part_floats(call, strip)), sums(sums) {}
+        : call(call),
+          strip(strip),
+          v_width(padded(call.v_width)),
+          floats(part_floats(call, strip)),
+          sums(sums) {}
 
     void run() const {
         const int64_t rows = strip.rows(), tokens = strip.line.tokens;
@@ -341,14 +276,16 @@ struct Combine {
         for (int64_t h = 0; h < strip.heads; h++) {
             char* to = static_cast<char*>(call.out) +
                        (strip.line.query * call.heads + strip.head + h) * call.v_width * size;
-            store_rows({to, call.q.dtype, call.heads * call.v_width, 1}, o + h * tokens * v_width, v_width, tokens, call.v_width);
+            store_rows({to, call.q.dtype, call.heads * call.v_width, 1}, o + h * tokens * v_width,
+                v_width, tokens, call.v_width);
         }
     }
 
     void row(int64_t r, float* o) const {
         const int64_t rows = strip.rows(), head = strip.head + r / strip.line.tokens;
         float most = -INF;
-        for (int64_t p = 0; p < strip.parts; p++) most = std::max(most, sums[p * floats + rows * v_width + r]);
+        for (int64_t p = 0; p < strip.parts; p++)
+            most = std::max(most, sums[p * floats + rows * v_width + r]);
         const float base = most == -INF ? 0.0f : most;
         std::fill(o, o + v_width, 0.0f);
         float total = 0.0f;
@@ -366,11 +303,13 @@ struct Combine {
             *lse = sink;
             return;
         }
-        const double own = most * LN2, top = own < sink ? sink : own;  // NaN and infinity of the keys stay
+        const double own = most * LN2,
+                     top = own < sink ? sink : own;  // NaN and infinity of the keys stay
         const double share = std::exp(own - top);
         const double denominator = total * share + std::exp(sink - top);
         *lse = (float)(top + std::log(denominator));
-        const float factor = (float)(share * (call.v_scale ? call.v_scale[strip.kv_head] : 1.0f) / denominator);
+        const float factor =
+            (float)(share * (call.v_scale ? call.v_scale[strip.kv_head] : 1.0f) / denominator);
         for (int64_t d = 0; d < v_width; d++) o[d] *= factor;
     }
 };
@@ -378,11 +317,10 @@ struct Combine {
 void decode(const Decode& call) {
     const std::vector<Strip> strips = strips_of(call);
     if (strips.empty()) return;
-    std::vector<Part> parts;
-    for (size_t i = 0; i < strips.size(); i++)
-        for (int64_t p = 0; p < strips[i].parts; p++) parts.push_back({(int64_t)i, p});
+    const std::vector<Part> parts = parts_of(strips);
     const Strip& last = strips.back();
-    const std::unique_ptr<float[]> sums(new float[last.partial + last.parts * part_floats(call, last)]);
+    const std::unique_ptr<float[]> sums(
+        new float[last.partial + last.parts * part_floats(call, last)]);
     parallel_for((int64_t)parts.size(), (int)call.threads, [&](int64_t i) {
         const Strip& strip = strips[parts[i].strip];
         float* own = sums.get() + strip.partial + parts[i].number * part_floats(call, strip);

@@ -1,15 +1,15 @@
 // What is asked of the library once: its instruction set, and mask tiles as bits.
 #include <algorithm>
-#include <cstring>
 #include <new>
 #include <vector>
 
 #include "api.h"
+#include "paged.h"
 
 const char* s2_isa() {
-#if defined(__AVX512F__) && defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
     return "AVX-512, AMX";
-#elif defined(__AVX512F__) && defined(__AVX512BF16__)
+#elif defined(__AVX512BF16__)
     return "AVX-512, BF16";
 #elif defined(__AVX512F__)
     return "AVX-512";
@@ -24,7 +24,8 @@ const char* s2_isa() {
 
 int64_t s2_record_size(int64_t number) {
     const int64_t sizes[] = {sizeof(s2::Tensor), sizeof(s2::Index), sizeof(s2::Columns),
-        sizeof(s2::Attention), sizeof(s2::Gradients), sizeof(s2::Mass)};
+        sizeof(s2::Attention), sizeof(s2::Gradients), sizeof(s2::Mass), sizeof(s2::Table),
+        sizeof(s2::Decode), sizeof(s2::Store)};
     return sizes[number];
 }
 
@@ -32,7 +33,7 @@ void s2_pack_tiles(
     const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits) {
     const int64_t words = s2::words_of(block), square = block * block;
     const int64_t row = by_query ? block : 1, lane = by_query ? 1 : block;
-    std::memset(bits, 0, (size_t)(count * block * words) * 8);
+    std::fill(bits, bits + count * block * words, 0);
     for (int64_t t = 0; t < count; t++, tiles += square)
         for (int64_t i = 0; i < block; i++, bits += words)
             for (int64_t j = 0; j < block; j++)

@@ -17,8 +17,8 @@ typedef uint16_t U16 __attribute__((vector_size(2 * W)));
 
 inline V float8_to_float(U8 bytes) {
     const I x = __builtin_convertvector(bytes, I), magnitude = x & 0x7f;
-    const I shifted = magnitude << 20;                    // exponent and mantissa in place
-    const V normal = (V)(shifted + (120 << 23));          // biases are 127 and 7
+    const I shifted = magnitude << 20;                       // exponent and mantissa in place
+    const V normal = (V)(shifted + (120 << 23));             // biases are 127 and 7
     const V small = (V)(shifted + (121 << 23)) - 0.015625f;  // exponent 0: m / 8 * 2^-6
     V y = select(magnitude < 8, small, normal);
     y = select(magnitude == 0x7f, set1(NAN), y);

@@ -21,9 +21,9 @@ struct Table {
     }
 };
 
-// One call. out is contiguous, (total, heads, v_width), and so is lse, (heads, total); rows that see
-// nothing are filled already. No number of the tables and lengths is trusted: what makes no sense is
-// clamped, and keys in pages that are not there are unseen.
+// One call. out is contiguous, (total, heads, v_width), and so is lse, (heads, total); rows that
+// see nothing are filled already. No number of the tables and lengths is trusted: what makes no
+// sense is clamped, and keys in pages that are not there are unseen.
 struct Decode {
     // The layout: rows are positions of any sequence, or with `packed` the query blocks of those of
     // the call.
@@ -33,8 +33,8 @@ struct Decode {
     const int64_t* tile_ptr;  // (layout_heads, lines)
     const int32_t* idx;
     const int32_t* tile;
-    const uint64_t* bits;     // (tiles, block, words) bit k of row q
-    const int32_t* q_start;   // (lines,) each, of a packed layout
+    const uint64_t* bits;    // (tiles, block, words) bit k of row q
+    const int32_t* q_start;  // (lines,) each, of a packed layout
     const int32_t* q_length;
     const int32_t* q_sequence;
     const int32_t* k_position;  // (k_blocks,)

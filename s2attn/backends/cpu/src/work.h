@@ -27,8 +27,8 @@ struct Units {
     }
 };
 
-// How a product q.k becomes the exponent of 2: `factor * x`, or with a soft-cap `cap * tanh(factor
-// * x)`.
+// How a product x = q.k becomes the exponent of 2: `factor * x`, or `cap * tanh(factor * x)` with a
+// soft-cap.
 struct Logits {
     float factor, cap;
 
@@ -42,7 +42,5 @@ inline bool all_finite(const float* row, int64_t columns) {
     for (int64_t c = 0; c < columns; c++) wrong |= !(std::fabs(row[c]) < INF);
     return !wrong;
 }
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace s2
