@@ -1,0 +1,66 @@
+"""`Cpu`: C++ kernels over the listed blocks, built with the machine's compiler on first use."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from s2attn.backends.base import Backend, Scoring
+from s2attn.backends.checks import plain_objections
+from s2attn.backends.cpu.build import kernels, unavailable
+from s2attn.backends.cpu.library import CAttention, CTensor, layout_index
+from s2attn.layout import Layout
+
+
+class Cpu(Backend):
+    """Exact attention on a CPU: float32, bfloat16 or float16 tensors of any strides, float32 sums.
+
+    Work is proportional to the listed blocks. Both directions give the same bits every time, for
+    any number of threads and whatever else is in the batch. A key that a query does not see never
+    reaches its result, not even when it holds NaN; a query that sees a key or value holding NaN
+    gets NaN, and adds nothing to the gradients of keys and values.
+    """
+
+    name = "cpu"
+
+    def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+        if q.device.type != "cpu":
+            return [f"q is on {q.device}, not on a CPU"]
+        why = plain_objections(q, k, v)
+        if q.dtype == torch.float64:
+            why.append("q has dtype torch.float64, and sums are float32")
+        return why or _built()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        index = layout_index(layout)
+        (batch, seqlen_q, heads, width), (_, seqlen_k, kv_heads, v_width) = q.shape, v.shape
+        out = q.new_empty((batch, seqlen_q, heads, v_width))
+        lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+        if not index.covers_queries:
+            out.zero_()
+            lse.fill_(-torch.inf) if scoring.sinks is None else lse.copy_(scoring.sinks[:, None])
+        sinks = None if scoring.sinks is None else scoring.sinks.contiguous()
+        call = CAttention(
+            ctypes.pointer(index.record),
+            *(CTensor.of(x) for x in (q, k, v, out)),
+            lse.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            scoring.scale,
+            scoring.softcap or 0.0,
+            *(batch, heads, kv_heads, seqlen_q, seqlen_k, width, v_width),
+            torch.get_num_threads(),
+        )
+        _finish(kernels().library.s2_forward(ctypes.byref(call)))
+        return out, lse
+
+
+def _built() -> list[str]:
+    reason = unavailable()
+    return [] if reason is None else [reason]
+
+
+def _finish(status: int) -> None:
+    if status:
+        raise MemoryError("the cpu backend ran out of memory")

@@ -1,0 +1,66 @@
+// The C interface: records of pointers, strides and sizes, which `s2attn/backends/cpu/library.py`
+// mirrors field by field.
+#pragma once
+#include <cstdint>
+
+#define S2_API extern "C" __attribute__((visibility("default")))
+
+namespace s2 {
+
+enum Dtype : int64_t { Float32 = 0, BFloat16 = 1, Float16 = 2 };
+
+// A tensor of four axes: (batch, token, head, width), or (page, token, head, width). Strides count
+// elements.
+struct Tensor {
+    void* data;
+    int64_t dtype;
+    int64_t stride[4];
+};
+
+// A `Layout`. Tensors are contiguous; the names are those of `BlockIndex` and `Spans`.
+struct Index {
+    int64_t block;            // tokens per block
+    int64_t heads;            // layout heads; head h * heads / num_heads serves query head h
+    int64_t q_blocks;         // query blocks, the lines of the rows
+    int64_t k_blocks;         // key blocks
+    const int64_t* ptr;       // (heads, q_blocks + 1)
+    const int32_t* full;      // (heads, q_blocks)
+    const int64_t* tile_ptr;  // (heads, q_blocks)
+    const int32_t* idx;
+    const int32_t* tile;
+    const int32_t*
+        q_start;  // (q_blocks,) first token and tokens of each query block, and of each key block
+    const int32_t* q_length;
+    const int32_t* k_start;
+    const int32_t* k_length;
+    const uint64_t* bits;  // (tiles, block, words) mask tiles, bit q of row k set where query q
+                           // sees key k; 64 queries per word
+    const int32_t*
+        order;  // (heads * q_blocks,) numbers head * q_blocks + line, the longest lists first
+};
+
+// One call of attention. lse is contiguous, (batch, heads, seqlen_q).
+struct Attention {
+    const Index* index;
+    Tensor q, k, v, out;
+    float* lse;
+    const float* sinks;  // (heads,) or null
+    double scale;
+    double softcap;  // 0 for none
+    int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, width, v_width;
+    int64_t threads;
+};
+
+// 64-bit words that hold one bit per token of a block.
+inline int64_t words_of(int64_t block) { return (block + 63) / 64; }
+
+}  // namespace s2
+
+// The instruction set that this library was compiled for.
+S2_API const char* s2_isa();
+
+// Mask tiles (count, block, block) of bytes [query, key] as `Index::bits`.
+S2_API void s2_pack_tiles(const uint8_t* tiles, int64_t count, int64_t block, uint64_t* bits);
+
+// out and lse. Returns 0, or 1 when memory ran out.
+S2_API int s2_forward(const s2::Attention* call);

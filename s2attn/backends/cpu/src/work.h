@@ -1,0 +1,64 @@
+// How the heads of a call are grouped, and which logits it has: what forward and backward share.
+#pragma once
+#include <cmath>
+#include <numeric>
+
+#include "api.h"
+#include "tensors.h"
+#include "vec.h"
+
+namespace s2 {
+
+constexpr float INF = INFINITY;
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+// A unit is a run of query heads that share their KV head and their lists.
+struct Units {
+    int64_t count;       // of one batch entry
+    int64_t heads;       // query heads of each
+    int64_t per_layout;  // units of each layout head, neighbours
+    int64_t per_kv;      // units of each KV head, neighbours
+
+    Units(const Attention& call) {
+        count = std::lcm(call.index->heads, call.kv_heads);
+        heads = call.heads / count;
+        per_layout = count / call.index->heads;
+        per_kv = count / call.kv_heads;
+    }
+};
+
+// How a product q.k becomes the exponent of 2: `factor * x`, or with a soft-cap `cap * tanh(factor
+// * x)`.
+struct Logits {
+    float factor, cap;
+
+    Logits(const Attention& call)
+        : factor((float)(call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2E)),
+          cap((float)(call.softcap * LOG2E)) {}
+};
+
+// Rows from `data`, converted to float32 into `buffer` (rows, columns) unless they can be read
+// where they are.
+struct Rows {
+    const float* data;
+    int64_t stride;
+
+    Rows(Matrix from, int64_t rows, int64_t columns, float* buffer) {
+        if (from.dtype == Float32 && from.column == 1) {
+            data = static_cast<const float*>(from.data), stride = from.row;
+        } else {
+            load_rows(buffer, columns, from, rows, columns);
+            data = buffer, stride = columns;
+        }
+    }
+};
+
+inline bool all_finite(const float* row, int64_t columns) {
+    int wrong = 0;
+    for (int64_t c = 0; c < columns; c++) wrong |= !(std::fabs(row[c]) < INF);
+    return !wrong;
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace s2
