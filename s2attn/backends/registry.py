@@ -11,6 +11,12 @@ from s2attn.backends.base import Backend, Pages, Writes
 from s2attn.core import Unsupported, bad_kind, bad_value
 
 
+def _cpu() -> Backend:
+    from s2attn.backends.cpu import Cpu
+
+    return Cpu()
+
+
 def _portable() -> Backend:
     from s2attn.backends.portable import Portable
 
@@ -29,7 +35,7 @@ def _reference() -> Backend:
     return Reference()
 
 
-_LOADERS: dict[str, Callable[[], Backend]] = {"portable": _portable, "triton": _triton, "reference": _reference}
+_LOADERS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "portable": _portable, "triton": _triton, "reference": _reference}
 """In order of preference. A loader imports its backend on first use, so that `import s2attn` stays light.
 
 The Triton kernels stand behind the portable backend, and so are used only when they are asked for by name, until there is a record of

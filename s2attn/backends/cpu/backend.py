@@ -10,7 +10,7 @@ from torch import Tensor
 from s2attn.backends.base import Backend, Scoring
 from s2attn.backends.checks import plain_objections
 from s2attn.backends.cpu.build import kernels, unavailable
-from s2attn.backends.cpu.library import CAttention, CTensor, layout_index
+from s2attn.backends.cpu.library import CAttention, CGradients, CTensor, LayoutIndex, finish, layout_index
 from s2attn.layout import Layout
 
 
@@ -33,34 +33,77 @@ class Cpu(Backend):
             why.append("q has dtype torch.float64, and sums are float32")
         return why or _built()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Tensor]:
         index = layout_index(layout)
-        (batch, seqlen_q, heads, width), (_, seqlen_k, kv_heads, v_width) = q.shape, v.shape
-        out = q.new_empty((batch, seqlen_q, heads, v_width))
-        lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
         if not index.covers_queries:
             out.zero_()
             lse.fill_(-torch.inf) if scoring.sinks is None else lse.copy_(scoring.sinks[:, None])
         sinks = None if scoring.sinks is None else scoring.sinks.contiguous()
-        call = CAttention(
-            ctypes.pointer(index.record),
-            *(CTensor.of(x) for x in (q, k, v, out)),
-            lse.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            scoring.scale,
-            scoring.softcap or 0.0,
-            *(batch, heads, kv_heads, seqlen_q, seqlen_k, width, v_width),
-            torch.get_num_threads(),
-        )
-        _finish(kernels().library.s2_forward(ctypes.byref(call)))
+        call = _call(q, k, v, out, lse, index, scoring, sinks)
+        finish(kernels().library.s2_forward(ctypes.byref(call)))
         return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: Layout,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index = layout_index(layout)
+        dq = torch.zeros(q.shape, dtype=torch.float32)
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        call = _call(q, k, v, out, lse, index, scoring, None)
+        gradients = CGradients(
+            ctypes.pointer(index.columns(layout).record),
+            CTensor.of(dout),
+            None if dlse is None else dlse.data_ptr(),
+            dq.data_ptr(),
+            CTensor.of(dk),
+            CTensor.of(dv),
+        )
+        finish(kernels().library.s2_backward(ctypes.byref(call), ctypes.byref(gradients)))
+        return dq.to(q.dtype), dk, dv
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: LayoutIndex,
+    scoring: Scoring,
+    sinks: Tensor | None,
+) -> CAttention:
+    (batch, seqlen_q, heads, width), (_, seqlen_k, kv_heads, v_width) = q.shape, v.shape
+    return CAttention(
+        ctypes.pointer(index.record),
+        *(CTensor.of(x) for x in (q, k, v, out)),
+        lse.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        scoring.scale,
+        scoring.softcap or 0.0,
+        *(batch, heads, kv_heads, seqlen_q, seqlen_k, width, v_width),
+        torch.get_num_threads(),
+    )
 
 
 def _built() -> list[str]:
     reason = unavailable()
     return [] if reason is None else [reason]
-
-
-def _finish(status: int) -> None:
-    if status:
-        raise MemoryError("the cpu backend ran out of memory")

@@ -1,4 +1,4 @@
-"""The C interface of the kernels as ctypes records, and what of a layout they read; `src/api.h` is the other side."""
+"""The C interface: ctypes records that mirror `src/api.h`, and layouts as the kernels read them."""
 
 from __future__ import annotations
 
@@ -62,8 +62,27 @@ class CAttention(ctypes.Structure):
     ]
 
 
+class CColumns(ctypes.Structure):
+    """`Columns` of api.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("ptr", "full", "tile_ptr", "idx", "tile", "bits", "rank")]
+
+
+class CGradients(ctypes.Structure):
+    """`Gradients` of api.h."""
+
+    _fields_ = [
+        ("columns", POINTER(CColumns)),
+        ("dout", CTensor),
+        ("dlse", c_void_p),
+        ("dq", c_void_p),
+        ("dk", CTensor),
+        ("dv", CTensor),
+    ]
+
+
 class LayoutIndex:
-    """A layout as the kernels read it: pointers to its tensors, mask tiles as bits, and the order of its rows.
+    """A layout as the kernels read it: its tensors, mask tiles as bits, and the order of rows.
 
     Attributes:
         record: what a call points to.
@@ -72,18 +91,32 @@ class LayoutIndex:
 
     def __init__(self, layout: Layout):
         rows = layout.rows
-        kept = [
-            *rows.tensors(),
-            layout.q_spans.start,
-            layout.q_spans.length,
-            layout.k_spans.start,
-            layout.k_spans.length,
-        ]
+        spans = layout.q_spans, layout.k_spans
+        kept = [*rows.tensors(), *(x for span in spans for x in (span.start, span.length))]
         self._kept = [x.contiguous() for x in kept]
-        self._kept += [pack_tiles(layout.tiles), longest_first(rows.counts)]
+        self._kept += [_tile_bits(layout.tiles, by_query=False), _longest_first(rows.counts)]
         pointers = (x.data_ptr() for x in self._kept)
         self.record = CIndex(layout.block, layout.heads, rows.lines, len(layout.k_spans), *pointers)
         self.covers_queries = layout.q_spans.total == layout.seqlen_q
+        self._columns: LayoutColumns | None = None
+
+    def columns(self, layout: Layout) -> LayoutColumns:
+        """The columns of the layout, made on first use."""
+        if self._columns is None:
+            self._columns = LayoutColumns(layout, self.record)
+        return self._columns
+
+
+class LayoutColumns:
+    """The columns of a layout as the kernels read them; ``record`` is what a call points to."""
+
+    def __init__(self, layout: Layout, index: CIndex):
+        self._kept = [x.contiguous() for x in layout.columns.tensors()]
+        rank = torch.empty(layout.columns.idx.numel(), dtype=torch.int32)
+        self._kept += [_tile_bits(layout.tiles, by_query=True), rank]
+        self.record = CColumns(*(x.data_ptr() for x in self._kept))
+        rank_entries = kernels().library.s2_rank_entries
+        finish(rank_entries(ctypes.byref(index), ctypes.byref(self.record), c_void_p(rank.data_ptr())))
 
 
 def layout_index(layout: Layout) -> LayoutIndex:
@@ -94,19 +127,27 @@ def layout_index(layout: Layout) -> LayoutIndex:
     return made
 
 
-def pack_tiles(tiles: Tensor) -> Tensor:
-    """Mask tiles ``(n, block, block)`` bool as ``(n, block, words)`` int64: bit q of row k says whether query q sees key k."""
+def finish(status: int) -> None:
+    """Raise what a kernel's status says."""
+    if status:
+        raise MemoryError("the cpu backend ran out of memory")
+
+
+def _tile_bits(tiles: Tensor, *, by_query: bool) -> Tensor:
+    """Mask tiles ``(n, block, block)`` bool as bits ``(n, block, words)`` int64.
+
+    Bit q of row k says whether query q sees key k; with ``by_query`` bit k of row q.
+    """
     count, block = tiles.shape[:2]
     bits = torch.empty(count, block, -(-block // 64), dtype=torch.int64)
-    kernels().library.s2_pack_tiles(
-        c_void_p(tiles.contiguous().data_ptr()),
-        c_int64(count),
-        c_int64(block),
-        c_void_p(bits.data_ptr()),
-    )
+    tiles = tiles.contiguous()
+    sizes = c_int64(count), c_int64(block), c_int64(by_query)
+    pack = kernels().library.s2_pack_tiles
+    pack(c_void_p(tiles.data_ptr()), *sizes, c_void_p(bits.data_ptr()))
     return bits
 
 
-def longest_first(counts: Tensor) -> Tensor:
-    """Numbers ``head * lines + line`` of all lines, ``(heads * lines,)`` int32, the longest lists first."""
-    return torch.from_numpy(np.argsort(-counts.reshape(-1).numpy(), kind="stable").astype(np.int32))
+def _longest_first(counts: Tensor) -> Tensor:
+    """Numbers ``head * lines + line`` of all lines, int32, the longest lists first."""
+    order = np.argsort(-counts.reshape(-1).numpy(), kind="stable")
+    return torch.from_numpy(order.astype(np.int32))

@@ -39,6 +39,17 @@ struct Index {
         order;  // (heads * q_blocks,) numbers head * q_blocks + line, the longest lists first
 };
 
+// The same entries by key block: `Layout.columns`.
+struct Columns {
+    const int64_t* ptr;       // (heads, k_blocks + 1)
+    const int32_t* full;      // (heads, k_blocks)
+    const int64_t* tile_ptr;  // (heads, k_blocks)
+    const int32_t* idx;
+    const int32_t* tile;
+    const uint64_t* bits;  // as `Index::bits` the other way around: bit k of row q
+    const int32_t* rank;   // for each entry, the earlier key blocks that its query block lists
+};
+
 // One call of attention. lse is contiguous, (batch, heads, seqlen_q).
 struct Attention {
     const Index* index;
@@ -51,6 +62,15 @@ struct Attention {
     int64_t threads;
 };
 
+// Its gradients.
+struct Gradients {
+    const Columns* columns;
+    Tensor dout;
+    const float* dlse;  // (batch, heads, seqlen_q) or null
+    float* dq;          // (batch, seqlen_q, heads, width), which is 0
+    Tensor dk, dv;
+};
+
 // 64-bit words that hold one bit per token of a block.
 inline int64_t words_of(int64_t block) { return (block + 63) / 64; }
 
@@ -59,8 +79,15 @@ inline int64_t words_of(int64_t block) { return (block + 63) / 64; }
 // The instruction set that this library was compiled for.
 S2_API const char* s2_isa();
 
-// Mask tiles (count, block, block) of bytes [query, key] as `Index::bits`.
-S2_API void s2_pack_tiles(const uint8_t* tiles, int64_t count, int64_t block, uint64_t* bits);
+// Mask tiles (count, block, block) of bytes [query, key] as `Index::bits`, or as `Columns::bits`.
+S2_API void s2_pack_tiles(
+    const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits);
+
+// Fills `columns->rank`.
+S2_API int s2_rank_entries(const s2::Index* index, const s2::Columns* columns, int32_t* rank);
 
 // out and lse. Returns 0, or 1 when memory ran out.
 S2_API int s2_forward(const s2::Attention* call);
+
+// Gradients of a call whose out and lse are there. Returns as `s2_forward`.
+S2_API int s2_backward(const s2::Attention* call, const s2::Gradients* gradients);

@@ -1,5 +1,8 @@
 // What is asked of the library once: its instruction set, and mask tiles as bits.
+#include <algorithm>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #include "api.h"
 
@@ -19,14 +22,26 @@ const char* s2_isa() {
 #endif
 }
 
-void s2_pack_tiles(const uint8_t* tiles, int64_t count, int64_t block, uint64_t* bits) {
-    const int64_t words = s2::words_of(block);
+void s2_pack_tiles(
+    const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits) {
+    const int64_t words = s2::words_of(block), square = block * block;
+    const int64_t row = by_query ? block : 1, lane = by_query ? 1 : block;
     std::memset(bits, 0, (size_t)(count * block * words) * 8);
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t q = 0; q < block; q++) {
-            const uint8_t* row = tiles + (t * block + q) * block;
-            uint64_t* out = bits + t * block * words + q / 64;
-            for (int64_t k = 0; k < block; k++)
-                out[k * words] |= (uint64_t)(row[k] != 0) << (q % 64);
-        }
+    for (int64_t t = 0; t < count; t++, tiles += square)
+        for (int64_t i = 0; i < block; i++, bits += words)
+            for (int64_t j = 0; j < block; j++)
+                bits[j / 64] |= (uint64_t)(tiles[i * row + j * lane] != 0) << (j % 64);
+}
+
+int s2_rank_entries(const s2::Index* index, const s2::Columns* columns, int32_t* rank) try {
+    std::vector<int32_t> seen(index->q_blocks);
+    for (int64_t h = 0; h < index->heads; h++) {
+        const int64_t* ptr = columns->ptr + h * (index->k_blocks + 1);
+        if (h > 0 && ptr[0] == ptr[-index->k_blocks - 1]) continue;  // the lists of the head before
+        std::fill(seen.begin(), seen.end(), 0);
+        for (int64_t e = ptr[0]; e < ptr[index->k_blocks]; e++) rank[e] = seen[columns->idx[e]]++;
+    }
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }

@@ -69,7 +69,7 @@ inline V max_or_second(V x, V y) { return select(x > y, x, y); }
 // polynomial of degree 5 on [-1/2, 1/2] whose constant is 1, so that 2^0 is 1.
 inline V exp2(V x) {
 #if defined(__AVX512F__)
-    const V n = (V)_mm512_roundscale_ps((__m512)x, 0x08);
+    const V n = (V)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0x08);
 #else
     const V magic = set1(
         12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold

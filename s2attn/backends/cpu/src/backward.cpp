@@ -1,0 +1,340 @@
+// Block-sparse attention, backward: one pass over the entries, five products each, no atomics on
+// numbers.
+//
+// An item of work is a segment: up to SEGMENT entries of one column, for one query head. Lanes are
+// keys: S = Q K^T and dP = dO V^T are computed per tile of 64 queries, dK^T and dV^T stay with the
+// segment, and dQ of a tile is added to memory. Additions to one place are done in a fixed order,
+// whoever computes them: a query block takes its key blocks in ascending order, a key block its
+// segments. A segment waits for its turn only when its sums are complete; since items begin in the
+// order of the turns, some item can always go on.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "gemm.h"
+#include "pool.h"
+#include "work.h"
+
+namespace s2 {
+namespace {
+
+constexpr int64_t ROWS = 64;     // queries of a tile
+constexpr int64_t SEGMENT = 32;  // most entries of a segment
+
+// A part of one column: the numbers of its entries, and its place among the segments of the same
+// keys.
+struct Segment {
+    int32_t batch, head, column, turn, turns;
+    int64_t begin, end;
+};
+
+// Sums of a column that several segments add to: dK^T and dV^T.
+typedef std::unique_ptr<float[]> Sums;
+
+// What all items share: numbers per query, and whose turn it is.
+struct Shared {
+    const Attention& call;
+    const Gradients& gradients;
+    const Index& index;
+    const Columns& columns;
+    std::vector<float> shift;  // (batch, heads, seqlen_q) lse in base 2; +inf where nothing is
+                               // seen, NaN where that is broken
+    std::vector<float> delta;  // (batch, heads, seqlen_q) sum(dout * out) - dlse
+    std::vector<Segment> segments;
+    std::vector<std::atomic<int32_t>> row_turn;     // (batch, heads, q_blocks)
+    std::vector<std::atomic<int32_t>> column_turn;  // (batch, kv_heads, k_blocks)
+    std::vector<Sums> sums;                         // (batch, kv_heads, k_blocks)
+    std::atomic<bool> failed{false};
+
+    Shared(const Attention& call, const Gradients& gradients)
+        : call(call),
+          gradients(gradients),
+          index(*call.index),
+          columns(*gradients.columns),
+          shift(call.batch * call.heads * call.seqlen_q),
+          delta(shift.size()),
+          row_turn(call.batch * call.heads * index.q_blocks),
+          column_turn(call.batch * call.kv_heads * index.k_blocks),
+          sums(column_turn.size()) {
+        for (int64_t j = 0; j < index.k_blocks; j++)
+            for (int64_t b = 0; b < call.batch; b++)
+                for (int64_t g = 0; g < call.kv_heads; g++) cut_column(b, g, j);
+    }
+
+    void cut_column(int64_t batch, int64_t kv_head, int64_t column) {
+        const int64_t group = call.heads / call.kv_heads;
+        const size_t first = segments.size();
+        for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++) {
+            const int64_t* ptr = columns.ptr + layout_head(h) * (index.k_blocks + 1) + column;
+            for (int64_t e = ptr[0]; e < ptr[1]; e += SEGMENT)
+                segments.push_back({(int32_t)batch, (int32_t)h, (int32_t)column, 0, 0, e,
+                    std::min(e + SEGMENT, ptr[1])});
+        }
+        if (segments.size() == first)  // nobody sees these keys: their gradients are 0
+            segments.push_back(
+                {(int32_t)batch, (int32_t)(kv_head * group), (int32_t)column, 0, 0, 0, 0});
+        for (size_t i = first; i < segments.size(); i++)
+            segments[i].turn = (int32_t)(i - first),
+            segments[i].turns = (int32_t)(segments.size() - first);
+    }
+
+    int64_t layout_head(int64_t head) const { return head * index.heads / call.heads; }
+
+    void wait_for(const std::atomic<int32_t>& turn, int32_t mine) const {
+        for (int i = 0; turn.load(std::memory_order_acquire) != mine; i++) {
+            if (failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
+            wait_a_little(i);
+        }
+    }
+
+    // shift and delta of 64 queries of one head.
+    void prepare(int64_t batch, int64_t head, int64_t start) {
+        const int64_t count = std::min(ROWS, call.seqlen_q - start),
+                      first = (batch * call.heads + head) * call.seqlen_q + start;
+        float *o = scratch(2 * ROWS * call.v_width), *d = o + ROWS * call.v_width;
+        load_rows(o, call.v_width, rows_at(call.out, batch, start, head), count, call.v_width);
+        load_rows(
+            d, call.v_width, rows_at(gradients.dout, batch, start, head), count, call.v_width);
+        for (int64_t i = 0; i < count; i++) {
+            const float *out = o + i * call.v_width, *dout = d + i * call.v_width,
+                        lse = call.lse[first + i];
+            float sum = 0;
+            for (int64_t c = 0; c < call.v_width; c++) sum += dout[c] * out[c];
+            delta[first + i] = sum - (gradients.dlse ? gradients.dlse[first + i] : 0.0f);
+            const bool sound = std::fabs(lse) < INF && all_finite(out, call.v_width);
+            shift[first + i] = sound ? (float)(lse * LOG2E) : lse == -INF ? INF : NAN;
+        }
+    }
+};
+
+// One segment, from its keys to the sums of their gradients.
+struct Backward {
+    Shared& shared;
+    const Attention& call;
+    const Index& index;
+    const Segment& segment;
+    const Logits logits;
+    const int64_t kv_head, start, keys, panels, padded;
+    float *kt, *vt, *dkt, *dvt, *k, *q, *dout, *s, *dp, *dq;
+
+    Backward(Shared& shared, const Segment& segment)
+        : shared(shared),
+          call(shared.call),
+          index(shared.index),
+          segment(segment),
+          logits(call),
+          kv_head(segment.head / (call.heads / call.kv_heads)),
+          start(index.k_start[segment.column]),
+          keys(index.k_length[segment.column]),
+          panels((keys + LANES - 1) / LANES),
+          padded(round_up(call.width, W)) {
+        const int64_t lanes = panels * LANES, both = call.width + call.v_width;
+        kt = scratch(lanes * (2 * both + padded) + ROWS * (both + padded + 2 * LANES));
+        vt = kt + lanes * call.width;     // kt, dkt: [panels, width, LANES]
+        dkt = vt + lanes * call.v_width;  // vt, dvt: [panels, v_width, LANES]
+        dvt = dkt + lanes * call.width;
+        k = dvt + lanes * call.v_width;   // [keys, padded]
+        q = k + lanes * padded;           // [ROWS, width]
+        dout = q + ROWS * call.width;     // [ROWS, v_width]
+        dq = dout + ROWS * call.v_width;  // [ROWS, padded]
+        s = dq + ROWS * padded;           // [ROWS, LANES]
+        dp = s + ROWS * LANES;            // [ROWS, LANES]
+    }
+
+    void run() {
+        load_keys();
+        const Columns& columns = shared.columns;
+        const int64_t line = shared.layout_head(segment.head) * index.k_blocks + segment.column;
+        const int64_t column_begin = columns.ptr[line + shared.layout_head(segment.head)],
+                      full = column_begin + columns.full[line];
+        for (int64_t e = segment.begin; e < segment.end; e++) {
+            const int64_t words = words_of(index.block), block = columns.idx[e];
+            const uint64_t* tile = nullptr;
+            if (e >= full)
+                tile = columns.bits + (int64_t)columns.tile[columns.tile_ptr[line] + e - full] *
+                                          index.block * words;
+            std::atomic<int32_t>& turn =
+                shared
+                    .row_turn[(segment.batch * call.heads + segment.head) * index.q_blocks + block];
+            for (int64_t r = 0; r < index.q_length[block]; r += ROWS) {
+                const int64_t first = index.q_start[block] + r,
+                              rows = std::min(ROWS, index.q_length[block] - r);
+                differentiate(first, rows, tile ? tile + r * words : nullptr);
+                if (r == 0) shared.wait_for(turn, columns.rank[e]);
+                add_dq(first, rows);
+            }
+            turn.store(columns.rank[e] + 1, std::memory_order_release);
+        }
+        add_sums();
+    }
+
+    void load_keys() {
+        const Matrix keys_at = rows_at(call.k, segment.batch, start, kv_head),
+                     values_at = rows_at(call.v, segment.batch, start, kv_head);
+        const int64_t lanes = panels * LANES;
+        std::fill(kt, kt + lanes * 2 * (call.width + call.v_width), 0.0f);
+        std::fill(k, k + lanes * padded, 0.0f);
+        load_rows(k, padded, keys_at, keys, call.width, (float)call.scale);
+        for (int64_t i = 0; i < keys; i++)  // for dQ = dS K: dS is 0 where a broken key is not seen
+            if (!all_finite(k + i * padded, call.width))
+                std::fill(k + i * padded, k + (i + 1) * padded, 0.0f);
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t count = std::min<int64_t>(LANES, keys - p * LANES),
+                          size = element_size(call.k.dtype);
+            const auto from = [&](const Matrix& x) {
+                return Matrix{static_cast<const char*>(x.data) + p * LANES * x.row * size, x.dtype,
+                    x.row, x.column};
+            };
+            load_columns(kt + p * LANES * call.width, LANES, from(keys_at), count, call.width,
+                logits.factor);
+            load_columns(
+                vt + p * LANES * call.v_width, LANES, from(values_at), count, call.v_width);
+        }
+    }
+
+    // Adds what `rows` queries from token `first` on give to dK^T and dV^T, and writes their dQ;
+    // `tile` is the mask of these queries, or null where they see all keys.
+    void differentiate(int64_t first, int64_t rows, const uint64_t* tile) {
+        const int64_t number = (segment.batch * call.heads + segment.head) * call.seqlen_q + first;
+        const float *shift = shared.shift.data() + number, *delta = shared.delta.data() + number;
+        load_rows(
+            q, call.width, rows_at(call.q, segment.batch, first, segment.head), rows, call.width);
+        load_rows(dout, call.v_width,
+            rows_at(shared.gradients.dout, segment.batch, first, segment.head), rows, call.v_width);
+        bool silent = false, poisoned = false;
+        for (int64_t i = 0; i < rows; i++) {
+            if (!(shift[i] < INF)) {  // sees nothing, or something broken: adds nothing
+                silent = true;
+                std::fill(q + i * call.width, q + (i + 1) * call.width, 0.0f);
+                std::fill(dout + i * call.v_width, dout + (i + 1) * call.v_width, 0.0f);
+            } else if (!(std::fabs(delta[i]) < INF)) {
+                poisoned = true;
+            }
+        }
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t count = std::min<int64_t>(LANES, keys - p * LANES),
+                          lanes = round_up(count, W);
+            gemm_nn(rows, lanes, call.width, q, call.width, kt + p * LANES * call.width, LANES, s,
+                LANES);
+            gemm_nn(rows, lanes, call.v_width, dout, call.v_width, vt + p * LANES * call.v_width,
+                LANES, dp, LANES);
+            uint64_t bits[ROWS];
+            const bool masked = tile || silent;
+            for (int64_t i = 0; masked && i < rows; i++)
+                bits[i] = !(shift[i] < INF) ? 0
+                          : tile            ? tile[i * words_of(index.block) + p]
+                                            : ~(uint64_t)0;
+            const bool capped = call.softcap > 0;
+            const auto step = masked ? (capped ? gradient<true, true> : gradient<true, false>)
+                                     : (capped ? gradient<false, true> : gradient<false, false>);
+            step(s, dp, rows, lanes, bits, logits.cap, shift, delta);
+            if (masked && poisoned) add_poisoned(rows, count, bits, dvt + p * LANES * call.v_width);
+            else
+                gemm_tn_add(call.v_width, lanes, rows, dout, call.v_width, s, LANES,
+                    dvt + p * LANES * call.v_width, LANES);
+            gemm_tn_add(call.width, lanes, rows, q, call.width, dp, LANES,
+                dkt + p * LANES * call.width, LANES);
+            const auto product = p == 0 ? gemm_nn : gemm_nn_add;
+            product(rows, padded, count, dp, LANES, k + p * LANES * padded, padded, dq, padded);
+        }
+        for (int64_t i = 0; silent && i < rows; i++)
+            if (std::isnan(shift[i])) std::fill(dq + i * padded, dq + (i + 1) * padded, NAN);
+    }
+
+    // Scores become P, and products with the values dS; both are 0 where masked.
+    template <bool masked, bool capped>
+    static void gradient(float* s, float* dp, int64_t rows, int64_t lanes, const uint64_t* bits,
+        float cap, const float* shift, const float* delta) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < lanes; j += W) {
+                float *s_at = s + i * LANES + j, *dp_at = dp + i * LANES + j;
+                V x = load(s_at), bent{};
+                if (capped) bent = tanh(x), x = bent * cap;
+                V p = exp2(x - shift[i]), ds = p * (load(dp_at) - delta[i]);
+                if (capped) ds *= 1.0f - bent * bent;
+                if (masked) p = pick(bits[i] >> j, p, V{}), ds = pick(bits[i] >> j, ds, V{});
+                store(s_at, p), store(dp_at, ds);
+            }
+    }
+
+    // dV^T += dO^T P where some dO is NaN or infinite: keys that such a query does not see take
+    // nothing from it.
+    void add_poisoned(int64_t rows, int64_t count, const uint64_t* bits, float* sum) {
+        for (int64_t c = 0; c < call.v_width; c++)
+            for (int64_t j = 0; j < count; j++)
+                for (int64_t i = 0; i < rows; i++)
+                    if (bits[i] >> j & 1)
+                        sum[c * LANES + j] = std::fma(
+                            dout[i * call.v_width + c], s[i * LANES + j], sum[c * LANES + j]);
+    }
+
+    void add_dq(int64_t first, int64_t rows) {
+        float* to =
+            shared.gradients.dq +
+            ((segment.batch * call.seqlen_q + first) * call.heads + segment.head) * call.width;
+        for (int64_t i = 0; i < rows; i++) {
+            float* __restrict row = to + i * call.heads * call.width;
+            const float* from = dq + i * padded;
+            for (int64_t d = 0; d < call.width; d++) row[d] += from[d];
+        }
+    }
+
+    // Adds dK^T and dV^T to those of the segments before, and writes dK and dV after the last one.
+    void add_sums() {
+        const int64_t place =
+            (segment.batch * call.kv_heads + kv_head) * index.k_blocks + segment.column;
+        if (segment.turns == 1) return store_sums();
+        const int64_t floats = panels * LANES * (call.width + call.v_width);
+        shared.wait_for(shared.column_turn[place], segment.turn);
+        Sums& sums = shared.sums[place];
+        if (segment.turn == 0) {
+            sums.reset(new float[floats]);
+            std::copy(dkt, dkt + floats, sums.get());
+        } else if (segment.turn + 1 < segment.turns) {
+            for (int64_t i = 0; i < floats; i++) sums[i] += dkt[i];
+        } else {
+            for (int64_t i = 0; i < floats; i++) dkt[i] = sums[i] + dkt[i];
+            sums.reset();
+            store_sums();
+        }
+        shared.column_turn[place].store(segment.turn + 1, std::memory_order_release);
+    }
+
+    void store_sums() {
+        float scales[LANES], ones[LANES];
+        std::fill(scales, scales + LANES, (float)call.scale), std::fill(ones, ones + LANES, 1.0f);
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t count = std::min<int64_t>(LANES, keys - p * LANES),
+                          token = start + p * LANES;
+            const Matrix dk = rows_at(shared.gradients.dk, segment.batch, token, kv_head);
+            const Matrix dv = rows_at(shared.gradients.dv, segment.batch, token, kv_head);
+            store_columns(dk, dkt + p * LANES * call.width, LANES, count, call.width, scales);
+            store_columns(dv, dvt + p * LANES * call.v_width, LANES, count, call.v_width, ones);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace s2
+
+int s2_backward(const s2::Attention* call, const s2::Gradients* gradients) try {
+    using namespace s2;
+    Shared shared(*call, *gradients);
+    const int64_t tiles = (call->seqlen_q + ROWS - 1) / ROWS;
+    parallel_for(call->batch * call->heads * tiles, (int)call->threads, [&](int64_t i) {
+        shared.prepare(i / tiles / call->heads, i / tiles % call->heads, i % tiles * ROWS);
+    });
+    parallel_for((int64_t)shared.segments.size(), (int)call->threads, [&](int64_t i) {
+        try {
+            Backward(shared, shared.segments[i]).run();
+        } catch (const std::bad_alloc&) {
+            shared.failed = true;
+            throw;
+        }
+    });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
