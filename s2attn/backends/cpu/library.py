@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_double, c_int64, c_void_p
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +93,7 @@ class LayoutIndex:
         spans = layout.q_spans, layout.k_spans
         kept = [*rows.tensors(), *(x for span in spans for x in (span.start, span.length))]
         self._kept = [x.contiguous() for x in kept]
-        self._kept += [_tile_bits(layout.tiles, by_query=False), _longest_first(rows.counts)]
+        self._kept += [_tile_bits(layout.tiles, by_query=False), _densest_first(rows.counts)]
         pointers = (x.data_ptr() for x in self._kept)
         self.record = CIndex(layout.block, layout.heads, rows.lines, len(layout.k_spans), *pointers)
         self.covers_queries = layout.q_spans.total == layout.seqlen_q
@@ -147,7 +146,6 @@ def _tile_bits(tiles: Tensor, *, by_query: bool) -> Tensor:
     return bits
 
 
-def _longest_first(counts: Tensor) -> Tensor:
-    """Numbers ``head * lines + line`` of all lines, int32, the longest lists first."""
-    order = np.argsort(-counts.reshape(-1).numpy(), kind="stable")
-    return torch.from_numpy(order.astype(np.int32))
+def _densest_first(counts: Tensor) -> Tensor:
+    """Layout heads as int32, those with the most entries first."""
+    return torch.argsort(counts.sum(1), descending=True, stable=True).int()

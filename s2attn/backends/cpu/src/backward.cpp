@@ -30,6 +30,15 @@ struct Segment {
     int64_t begin, end;
 };
 
+// The queries of a tile, and their mask, or null where they see all keys of the column.
+struct Queries {
+    int64_t start, count;
+    const uint64_t* bits;
+    int64_t block;
+    int32_t turn;  // of the column at this query block
+    bool last;     // tile of the block
+};
+
 // Sums of a column that several segments add to: dK^T and dV^T.
 typedef std::unique_ptr<float[]> Sums;
 
@@ -146,27 +155,25 @@ struct Backward {
     void run() {
         load_keys();
         const Columns& columns = shared.columns;
-        const int64_t line = shared.layout_head(segment.head) * index.k_blocks + segment.column;
-        const int64_t column_begin = columns.ptr[line + shared.layout_head(segment.head)],
-                      full = column_begin + columns.full[line];
+        const int64_t layout_head = shared.layout_head(segment.head);
+        const int64_t line = layout_head * index.k_blocks + segment.column,
+                      words = words_of(index.block);
+        const int64_t full = columns.ptr[line + layout_head] + columns.full[line];
+        Queries tile{};
         for (int64_t e = segment.begin; e < segment.end; e++) {
-            const int64_t words = words_of(index.block), block = columns.idx[e];
-            const uint64_t* tile = nullptr;
+            const int64_t block = columns.idx[e], length = index.q_length[block];
+            const uint64_t* bits = nullptr;
             if (e >= full)
-                tile = columns.bits + (int64_t)columns.tile[columns.tile_ptr[line] + e - full] *
+                bits = columns.bits + (int64_t)columns.tile[columns.tile_ptr[line] + e - full] *
                                           index.block * words;
-            std::atomic<int32_t>& turn =
-                shared
-                    .row_turn[(segment.batch * call.heads + segment.head) * index.q_blocks + block];
-            for (int64_t r = 0; r < index.q_length[block]; r += ROWS) {
-                const int64_t first = index.q_start[block] + r,
-                              rows = std::min(ROWS, index.q_length[block] - r);
-                differentiate(first, rows, tile ? tile + r * words : nullptr);
-                if (r == 0) shared.wait_for(turn, columns.rank[e]);
-                add_dq(first, rows);
+            for (int64_t r = 0; r < length; r += ROWS) {
+                const Queries next{index.q_start[block] + r, std::min(ROWS, length - r),
+                    bits ? bits + r * words : nullptr, block, columns.rank[e], r + ROWS >= length};
+                if (tile.count) differentiate(tile, next);
+                tile = next;
             }
-            turn.store(columns.rank[e] + 1, std::memory_order_release);
         }
+        if (tile.count) differentiate(tile, {});
         add_sums();
     }
 
@@ -194,53 +201,71 @@ struct Backward {
         }
     }
 
-    // Adds what `rows` queries from token `first` on give to dK^T and dV^T, and writes their dQ;
-    // `tile` is the mask of these queries, or null where they see all keys.
-    void differentiate(int64_t first, int64_t rows, const uint64_t* tile) {
-        const int64_t number = (segment.batch * call.heads + segment.head) * call.seqlen_q + first;
+    // Adds what a tile gives to dK^T, dV^T and dQ, and meanwhile fetches the next one.
+    void differentiate(const Queries& tile, const Queries& next) {
+        const int64_t rows = tile.count, words = words_of(index.block);
+        const int64_t number =
+            (segment.batch * call.heads + segment.head) * call.seqlen_q + tile.start;
         const float *shift = shared.shift.data() + number, *delta = shared.delta.data() + number;
-        load_rows(
-            q, call.width, rows_at(call.q, segment.batch, first, segment.head), rows, call.width);
-        load_rows(dout, call.v_width,
-            rows_at(shared.gradients.dout, segment.batch, first, segment.head), rows, call.v_width);
-        bool silent = false, poisoned = false;
-        for (int64_t i = 0; i < rows; i++) {
-            if (!(shift[i] < INF)) {  // sees nothing, or something broken: adds nothing
-                silent = true;
-                std::fill(q + i * call.width, q + (i + 1) * call.width, 0.0f);
-                std::fill(dout + i * call.v_width, dout + (i + 1) * call.v_width, 0.0f);
-            } else if (!(std::fabs(delta[i]) < INF)) {
-                poisoned = true;
-            }
-        }
+        load_rows(q, call.width, queries_at(call.q, tile), rows, call.width);
+        load_rows(dout, call.v_width, queries_at(shared.gradients.dout, tile), rows, call.v_width);
+        Ahead next_q = fetch_rows(queries_at(call.q, next), next.count, call.width);
+        Ahead next_dout =
+            fetch_rows(queries_at(shared.gradients.dout, next), next.count, call.v_width);
+        Ahead own_dq = fetch_rows(dq_of(tile), rows, call.width);
+        const bool silent = silence(rows, shift);
+        const bool masked = tile.bits || silent, capped = call.softcap > 0;
+        const auto step = masked ? (capped ? gradient<true, true> : gradient<true, false>)
+                                 : (capped ? gradient<false, true> : gradient<false, false>);
         for (int64_t p = 0; p < panels; p++) {
             const int64_t count = std::min<int64_t>(LANES, keys - p * LANES),
                           lanes = round_up(count, W);
-            gemm_nn(rows, lanes, call.width, q, call.width, kt + p * LANES * call.width, LANES, s,
-                LANES);
-            gemm_nn(rows, lanes, call.v_width, dout, call.v_width, vt + p * LANES * call.v_width,
-                LANES, dp, LANES);
+            const int64_t panel = p * LANES * call.width, v_panel = p * LANES * call.v_width;
+            gemm_nn(rows, lanes, call.width, q, call.width, kt + panel, LANES, s, LANES, &own_dq);
+            gemm_nn(rows, lanes, call.v_width, dout, call.v_width, vt + v_panel, LANES, dp, LANES);
             uint64_t bits[ROWS];
-            const bool masked = tile || silent;
             for (int64_t i = 0; masked && i < rows; i++)
                 bits[i] = !(shift[i] < INF) ? 0
-                          : tile            ? tile[i * words_of(index.block) + p]
+                          : tile.bits       ? tile.bits[i * words + p]
                                             : ~(uint64_t)0;
-            const bool capped = call.softcap > 0;
-            const auto step = masked ? (capped ? gradient<true, true> : gradient<true, false>)
-                                     : (capped ? gradient<false, true> : gradient<false, false>);
             step(s, dp, rows, lanes, bits, logits.cap, shift, delta);
-            if (masked && poisoned) add_poisoned(rows, count, bits, dvt + p * LANES * call.v_width);
+            if (masked && !all_finite(delta, rows)) add_poisoned(rows, count, bits, dvt + v_panel);
             else
-                gemm_tn_add(call.v_width, lanes, rows, dout, call.v_width, s, LANES,
-                    dvt + p * LANES * call.v_width, LANES);
-            gemm_tn_add(call.width, lanes, rows, q, call.width, dp, LANES,
-                dkt + p * LANES * call.width, LANES);
-            const auto product = p == 0 ? gemm_nn : gemm_nn_add;
-            product(rows, padded, count, dp, LANES, k + p * LANES * padded, padded, dq, padded);
+                gemm_tn_add(call.v_width, lanes, rows, dout, call.v_width, s, LANES, dvt + v_panel,
+                    LANES, &next_q);
+            gemm_tn_add(
+                call.width, lanes, rows, q, call.width, dp, LANES, dkt + panel, LANES, &next_dout);
+            if (p == 0) gemm_nn(rows, padded, count, dp, LANES, k, padded, dq, padded);
+            else
+                gemm_nn_add(
+                    rows, padded, count, dp, LANES, k + p * LANES * padded, padded, dq, padded);
         }
         for (int64_t i = 0; silent && i < rows; i++)
             if (std::isnan(shift[i])) std::fill(dq + i * padded, dq + (i + 1) * padded, NAN);
+        add_dq(tile);
+    }
+
+    Matrix queries_at(const Tensor& x, const Queries& tile) const {
+        return rows_at(x, segment.batch, tile.start, segment.head);
+    }
+
+    Matrix dq_of(const Queries& tile) const {
+        const int64_t row =
+            (segment.batch * call.seqlen_q + tile.start) * call.heads + segment.head;
+        return {shared.gradients.dq + row * call.width, Float32, call.heads * call.width, 1};
+    }
+
+    // Clears the queries that add nothing, since they see nothing or something broken; whether
+    // there are any.
+    bool silence(int64_t rows, const float* shift) {
+        bool any = false;
+        for (int64_t i = 0; i < rows; i++)
+            if (!(shift[i] < INF)) {
+                any = true;
+                std::fill(q + i * call.width, q + (i + 1) * call.width, 0.0f);
+                std::fill(dout + i * call.v_width, dout + (i + 1) * call.v_width, 0.0f);
+            }
+        return any;
     }
 
     // Scores become P, and products with the values dS; both are 0 where masked.
@@ -270,15 +295,17 @@ struct Backward {
                             dout[i * call.v_width + c], s[i * LANES + j], sum[c * LANES + j]);
     }
 
-    void add_dq(int64_t first, int64_t rows) {
-        float* to =
-            shared.gradients.dq +
-            ((segment.batch * call.seqlen_q + first) * call.heads + segment.head) * call.width;
-        for (int64_t i = 0; i < rows; i++) {
-            float* __restrict row = to + i * call.heads * call.width;
-            const float* from = dq + i * padded;
-            for (int64_t d = 0; d < call.width; d++) row[d] += from[d];
+    // Adds to dQ when it is this column's turn.
+    void add_dq(const Queries& tile) {
+        const int64_t head = segment.batch * call.heads + segment.head;
+        std::atomic<int32_t>& turn = shared.row_turn[head * index.q_blocks + tile.block];
+        shared.wait_for(turn, tile.turn);
+        const Matrix to = dq_of(tile);
+        for (int64_t i = 0; i < tile.count; i++) {
+            float* __restrict row = static_cast<float*>(const_cast<void*>(to.data)) + i * to.row;
+            for (int64_t d = 0; d < call.width; d++) row[d] += dq[i * padded + d];
         }
+        if (tile.last) turn.store(tile.turn + 1, std::memory_order_release);
     }
 
     // Adds dK^T and dV^T to those of the segments before, and writes dK and dV after the last one.

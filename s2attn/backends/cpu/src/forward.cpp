@@ -1,14 +1,14 @@
 // Block-sparse attention, forward: FlashAttention's online softmax (arXiv:2205.14135) with one
 // query per vector lane.
 //
-// An item of work is a strip: the queries of one block, of all query heads that share its list. The
-// scores of a key tile are computed transposed, S^T = K Q^T, so that keys and values are read where
-// they lie, number by number, and the softmax of a query stays in its lane: no sum ever crosses
-// lanes, and the bits of a row depend on nothing but its own keys, in the order of its list.
+// An item of work is a strip: some neighboring query blocks of the query heads that share their
+// lists. It walks the union of their lists, so that a key tile is read once for all of them. The
+// scores of a tile are computed transposed, S^T = K Q^T: the softmax of a query stays in its lane,
+// no sum crosses lanes, and the bits of a row depend on nothing but its own keys, in ascending
+// order.
 #include <algorithm>
 #include <new>
 
-#include "gemm.h"
 #include "pool.h"
 #include "work.h"
 
@@ -16,32 +16,42 @@ namespace s2 {
 namespace {
 
 constexpr int64_t KEYS = 64;         // keys of a tile
-constexpr int64_t STRIP_ROWS = 256;  // most rows of a strip that holds several heads
+constexpr int64_t STRIP_ROWS = 512;  // most rows of a strip, unless one block of one head has more
+constexpr int64_t MOST_LINES = 8;    // most query blocks of a strip
+constexpr int64_t ITEMS = 8;         // strips per thread at least, while they can be made shorter
 
-// The queries of one item, row r being token r % tokens of query head `head + r / tokens`; 64 rows
-// are a panel.
+// The queries of one item: those of query blocks `line` and up of heads `head` and up.
 struct Strip {
-    int64_t batch, kv_head, head, heads, line_of_head, start, tokens;
+    int64_t batch, kv_head, layout_head, head, heads, line, lines;
+};
 
-    int64_t rows() const { return heads * tokens; }
-    int64_t panels() const { return (rows() + LANES - 1) / LANES; }
-    int64_t lanes(int64_t panel) const { return std::min<int64_t>(LANES, rows() - panel * LANES); }
+// A query block of a strip, and how far its list is walked. Row r is token r % tokens of the
+// strip's head r / tokens; LANES rows are a panel.
+struct Line {
+    int64_t start, tokens, rows, first_panel;
+    const int32_t *full, *full_end, *partial, *partial_end, *tile;
+    bool listed;           // the tile at hand
+    const uint64_t* bits;  // its mask, or null where it is seen in full
+
+    int64_t panels() const { return (rows + LANES - 1) / LANES; }
+    int64_t lanes(int64_t panel) const { return std::min<int64_t>(LANES, rows - panel * LANES); }
+};
+
+// A key tile.
+struct Keys {
+    int64_t start, count, offset;  // offset in its block
 };
 
 struct Buffers {
     float *qt, *ot, *m, *l, *factor, *s, *k, *v;
 
-    static int64_t floats(const Attention& call, int64_t panels) {
-        return panels * LANES * (call.width + call.v_width + 2) + LANES +
-               KEYS * (LANES + call.width + call.v_width);
-    }
-
     Buffers(const Attention& call, int64_t panels) {
-        s = scratch(floats(call, panels));       // [KEYS, LANES]
-        qt = s + KEYS * LANES;                   // [panels, width, LANES]
-        ot = qt + panels * LANES * call.width;   // [panels, v_width, LANES]
-        m = ot + panels * LANES * call.v_width;  // [panels, LANES]
-        l = m + panels * LANES;                  // [panels, LANES]
+        const int64_t widths = call.width + call.v_width;
+        s = scratch(panels * LANES * (widths + 2) + LANES + KEYS * (LANES + widths));
+        qt = s + KEYS * LANES;                   // s: [KEYS, LANES]
+        ot = qt + panels * LANES * call.width;   // qt: [panels, width, LANES]
+        m = ot + panels * LANES * call.v_width;  // ot: [panels, v_width, LANES]
+        l = m + panels * LANES;                  // m, l: [panels, LANES]
         factor = l + panels * LANES;             // [LANES]
         k = factor + LANES;                      // [KEYS, width]
         v = k + KEYS * call.width;               // [KEYS, v_width]
@@ -93,13 +103,13 @@ void softmax(float* s, int64_t keys, int64_t lanes, const uint64_t* bits, float 
 }
 
 // Bits of the lanes of one panel, key by key, from a mask tile.
-void panel_bits(uint64_t* bits, const uint64_t* tile, int64_t words, int64_t keys,
-    const Strip& strip, int64_t panel) {
+void panel_bits(uint64_t* bits, const uint64_t* tile, int64_t words, int64_t keys, const Line& line,
+    int64_t panel) {
     std::fill(bits, bits + keys, 0);
-    const int64_t end = panel * LANES + strip.lanes(panel);
+    const int64_t end = panel * LANES + line.lanes(panel);
     for (int64_t row = panel * LANES; row < end;) {
-        const int64_t token = row % strip.tokens, shift = token % 64;
-        const int64_t count = std::min({end - row, strip.tokens - token, 64 - shift});
+        const int64_t token = row % line.tokens, shift = token % 64;
+        const int64_t count = std::min({end - row, line.tokens - token, 64 - shift});
         const uint64_t ones = count == 64 ? ~(uint64_t)0 : ((uint64_t)1 << count) - 1;
         for (int64_t k = 0; k < keys; k++)
             bits[k] |= (tile[k * words + token / 64] >> shift & ones) << (row - panel * LANES);
@@ -110,112 +120,173 @@ void panel_bits(uint64_t* bits, const uint64_t* tile, int64_t words, int64_t key
 // One strip of a call, from its first key tile to its results.
 struct Forward {
     const Attention& call;
+    const Index& index;
     const Strip& strip;
     const Logits logits;
+    Line lines[MOST_LINES];
     Buffers own;
 
     Forward(const Attention& call, const Strip& strip)
-        : call(call), strip(strip), logits(call), own(call, strip.panels()) {}
+        : call(call), index(*call.index), strip(strip), logits(call), own(call, set_lines()) {}
+
+    // Returns the number of panels.
+    int64_t set_lines() {
+        int64_t panels = 0;
+        for (int64_t i = 0; i < strip.lines; i++) {
+            const int64_t q_block = strip.line + i,
+                          n = strip.layout_head * index.q_blocks + q_block;
+            const int64_t* ptr = index.ptr + n + strip.layout_head;
+            const int64_t tokens = index.q_length[q_block];
+            const int32_t* partial = index.idx + ptr[0] + index.full[n];
+            lines[i] = {index.q_start[q_block], tokens, strip.heads * tokens, panels,
+                index.idx + ptr[0], partial, partial, index.idx + ptr[1],
+                index.tile + index.tile_ptr[n], false, nullptr};
+            panels += lines[i].panels();
+        }
+        return panels;
+    }
 
     void run() {
         load_queries();
-        const Index& index = *call.index;
-        const int64_t line = strip.line_of_head, begin = index.ptr[line + line / index.q_blocks];
-        const int64_t end = index.ptr[line + line / index.q_blocks + 1],
-                      full = begin + index.full[line];
-        for (int64_t e = begin; e < end; e++) {
-            const int64_t words = words_of(index.block), block = index.idx[e];
-            const uint64_t* tile = nullptr;
-            if (e >= full)
-                tile = index.bits +
-                       (int64_t)index.tile[index.tile_ptr[line] + e - full] * index.block * words;
-            for (int64_t k = 0; k < index.k_length[block]; k += KEYS)
-                attend(index.k_start[block] + k, std::min<int64_t>(KEYS, index.k_length[block] - k),
-                    tile ? tile + k * words : nullptr);
+        for (int64_t block = next_block(); block < index.k_blocks;) {
+            for (int64_t i = 0; i < strip.lines; i++) list(lines[i], block);
+            const int64_t after = next_block(), length = index.k_length[block];
+            for (int64_t k = 0; k < length; k += KEYS) {
+                const Keys tile{index.k_start[block] + k, std::min(KEYS, length - k), k};
+                Keys next{};
+                if (k + KEYS < length)
+                    next = {tile.start + KEYS, std::min(KEYS, length - k - KEYS), 0};
+                else if (after < index.k_blocks)
+                    next = {
+                        index.k_start[after], std::min<int64_t>(KEYS, index.k_length[after]), 0};
+                attend(tile, next);
+            }
+            block = after;
         }
         store_results();
     }
 
+    // The first key block that some line has not walked yet, or k_blocks.
+    int64_t next_block() const {
+        int64_t block = index.k_blocks;
+        for (int64_t i = 0; i < strip.lines; i++) {
+            const Line& line = lines[i];
+            if (line.full < line.full_end) block = std::min<int64_t>(block, *line.full);
+            if (line.partial < line.partial_end) block = std::min<int64_t>(block, *line.partial);
+        }
+        return block;
+    }
+
+    // Moves a line's list on when it lists this block next.
+    void list(Line& line, int64_t block) const {
+        line.listed = true, line.bits = nullptr;
+        if (line.full < line.full_end && *line.full == block) {
+            line.full++;
+        } else if (line.partial < line.partial_end && *line.partial == block) {
+            line.bits = index.bits + *line.tile * index.block * words_of(index.block);
+            line.partial++, line.tile++;
+        } else {
+            line.listed = false;
+        }
+    }
+
     void load_queries() {
-        const int64_t rows = strip.rows();
-        for (int64_t p = 0; p < strip.panels(); p++) {
-            const int64_t padded = round_up(strip.lanes(p), W);
-            float* qt = own.qt + p * LANES * call.width;
-            for (int64_t row = p * LANES, end = row + strip.lanes(p); row < end;) {
-                const int64_t token = row % strip.tokens,
-                              count = std::min(end - row, strip.tokens - token);
-                const Matrix from = rows_at(
-                    call.q, strip.batch, strip.start + token, strip.head + row / strip.tokens);
-                load_columns(qt + row - p * LANES, LANES, from, count, call.width, logits.factor);
-                row += count;
+        for (int64_t i = 0; i < strip.lines; i++) {
+            const Line& line = lines[i];
+            for (int64_t p = 0; p < line.panels(); p++) {
+                const int64_t panel = (line.first_panel + p) * LANES, lanes = line.lanes(p);
+                float* qt = own.qt + panel * call.width;
+                for (int64_t lane = 0; lane < lanes;) {
+                    const int64_t row = p * LANES + lane, token = row % line.tokens;
+                    const int64_t count = std::min(lanes - lane, line.tokens - token);
+                    load_columns(qt + lane, LANES, rows_of(call.q, line, row), count, call.width,
+                        logits.factor);
+                    lane += count;
+                }
+                for (int64_t d = 0; d < call.width; d++)
+                    std::fill(qt + d * LANES + lanes, qt + d * LANES + round_up(lanes, W), 0.0f);
+                std::fill(own.m + panel, own.m + panel + LANES, -INF);
+                std::fill(own.l + panel, own.l + panel + LANES, 0.0f);
+                float* ot = own.ot + panel * call.v_width;
+                std::fill(ot, ot + LANES * call.v_width, 0.0f);
             }
-            for (int64_t d = 0; d < call.width; d++)
-                for (int64_t lane = strip.lanes(p); lane < padded; lane++) qt[d * LANES + lane] = 0;
-        }
-        std::fill(own.ot, own.ot + strip.panels() * LANES * call.v_width, 0.0f);
-        std::fill(own.m, own.m + round_up(rows, LANES), -INF);
-        std::fill(own.l, own.l + round_up(rows, LANES), 0.0f);
-    }
-
-    // Folds `keys` keys from token `start` on into the sums; `tile` is the mask from the first of
-    // them on, or null where all are seen.
-    void attend(int64_t start, int64_t keys, const uint64_t* tile) {
-        const Rows k(rows_at(call.k, strip.batch, start, strip.kv_head), keys, call.width,
-            own.k);  // [keys, width]
-        const Rows v(rows_at(call.v, strip.batch, start, strip.kv_head), keys, call.v_width,
-            own.v);  // [keys, v_width]
-        const bool broken = tile && !finite_values(v, keys);
-        for (int64_t p = 0; p < strip.panels(); p++) {
-            const int64_t lanes = round_up(strip.lanes(p), W);
-            float *m = own.m + p * LANES, *l = own.l + p * LANES,
-                  *ot = own.ot + p * LANES * call.v_width;
-            gemm_nn(keys, lanes, call.width, k.data, k.stride, own.qt + p * LANES * call.width,
-                LANES, own.s, LANES);
-            uint64_t bits[KEYS];
-            if (tile) panel_bits(bits, tile, words_of(call.index->block), keys, strip, p);
-            const bool capped = call.softcap > 0;
-            const auto step = tile ? (capped ? softmax<true, true> : softmax<true, false>)
-                                   : (capped ? softmax<false, true> : softmax<false, false>);
-            step(own.s, keys, lanes, bits, logits.cap, m, l, own.factor);
-            if (broken) add_broken_values(v, keys, lanes, bits, ot);
-            else
-                gemm_tn_scale(call.v_width, lanes, keys, v.data, v.stride, own.s, LANES, ot, LANES,
-                    own.factor);
         }
     }
 
-    bool finite_values(const Rows& v, int64_t keys) const {
-        for (int64_t k = 0; k < keys; k++)
-            if (!all_finite(v.data + k * v.stride, call.v_width)) return false;
-        return true;
+    // The numbers of one row and those after it.
+    Matrix rows_of(const Tensor& x, const Line& line, int64_t row) const {
+        const int64_t token = line.start + row % line.tokens;
+        return rows_at(x, strip.batch, token, strip.head + row / line.tokens);
+    }
+
+    // Folds a tile into the sums of the lines that list it, and meanwhile fetches the next one.
+    void attend(const Keys& tile, const Keys& next) {
+        const int64_t keys = tile.count;
+        load_rows(own.k, call.width, keys_at(call.k, tile), keys, call.width);
+        load_rows(own.v, call.v_width, keys_at(call.v, tile), keys, call.v_width);
+        Ahead next_k = fetch_rows(keys_at(call.k, next), next.count, call.width);
+        Ahead next_v = fetch_rows(keys_at(call.v, next), next.count, call.v_width);
+        for (int64_t i = 0; i < strip.lines; i++) {
+            const Line& line = lines[i];
+            if (!line.listed) continue;
+            const bool broken = line.bits && !all_finite(own.v, keys * call.v_width);
+            for (int64_t p = 0; p < line.panels(); p++) {
+                const int64_t lanes = round_up(line.lanes(p), W),
+                              panel = (line.first_panel + p) * LANES;
+                float *qt = own.qt + panel * call.width, *ot = own.ot + panel * call.v_width;
+                gemm_nn(
+                    keys, lanes, call.width, own.k, call.width, qt, LANES, own.s, LANES, &next_k);
+                uint64_t bits[KEYS];
+                if (line.bits) {
+                    const int64_t words = words_of(index.block);
+                    panel_bits(bits, line.bits + tile.offset * words, words, keys, line, p);
+                }
+                const bool capped = call.softcap > 0;
+                const auto step = line.bits
+                                      ? (capped ? softmax<true, true> : softmax<true, false>)
+                                      : (capped ? softmax<false, true> : softmax<false, false>);
+                step(
+                    own.s, keys, lanes, bits, logits.cap, own.m + panel, own.l + panel, own.factor);
+                if (broken) add_broken_values(keys, lanes, bits, ot);
+                else
+                    gemm_tn_scale(call.v_width, lanes, keys, own.v, call.v_width, own.s, LANES, ot,
+                        LANES, own.factor, &next_v);
+            }
+        }
+    }
+
+    Matrix keys_at(const Tensor& x, const Keys& tile) const {
+        return rows_at(x, strip.batch, tile.start, strip.kv_head);
     }
 
     // The product with values among which there is NaN or infinity: a query takes nothing from keys
     // that it does not see, not even 0 * NaN.
-    void add_broken_values(
-        const Rows& v, int64_t keys, int64_t lanes, const uint64_t* bits, float* ot) {
+    void add_broken_values(int64_t keys, int64_t lanes, const uint64_t* bits, float* ot) {
         for (int64_t d = 0; d < call.v_width; d++)
             for (int64_t lane = 0; lane < lanes; lane++) {
                 float sum = ot[d * LANES + lane] * own.factor[lane];
                 for (int64_t k = 0; k < keys; k++)
                     if (bits[k] >> lane & 1)
-                        sum = std::fma(v.data[k * v.stride + d], own.s[k * LANES + lane], sum);
+                        sum = std::fma(own.s[k * LANES + lane], own.v[k * call.v_width + d], sum);
                 ot[d * LANES + lane] = sum;
             }
     }
 
     void store_results() {
-        for (int64_t p = 0; p < strip.panels(); p++) {
-            for (int64_t row = p * LANES, end = row + strip.lanes(p); row < end;) {
-                const int64_t token = row % strip.tokens,
-                              count = std::min(end - row, strip.tokens - token);
-                const int64_t head = strip.head + row / strip.tokens, lane = row - p * LANES;
+        for (int64_t i = 0; i < strip.lines; i++) {
+            const Line& line = lines[i];
+            for (int64_t row = 0; row < line.rows;) {
+                const int64_t token = row % line.tokens, lane = row % LANES;
+                const int64_t count = std::min(LANES - lane, line.tokens - token);
+                const int64_t head = strip.head + row / line.tokens,
+                              panel = line.first_panel * LANES + row - lane;
                 float* lse = call.lse + (strip.batch * call.heads + head) * call.seqlen_q +
-                             strip.start + token;
-                normalize(head, own.m + row, own.l + row, count, lse, own.factor + lane);
-                const Matrix to = rows_at(call.out, strip.batch, strip.start + token, head);
-                store_columns(to, own.ot + p * LANES * call.v_width + lane, LANES, count,
-                    call.v_width, own.factor + lane);
+                             line.start + token;
+                const float *m = own.m + panel + lane, *l = own.l + panel + lane;
+                normalize(head, m, l, count, lse, own.factor);
+                const float* ot = own.ot + panel * call.v_width + lane;
+                store_columns(
+                    rows_of(call.out, line, row), ot, LANES, count, call.v_width, own.factor);
                 row += count;
             }
         }
@@ -243,32 +314,32 @@ struct Forward {
 }  // namespace
 }  // namespace s2
 
-int s2_forward(const s2::Attention* given) {
+int s2_forward(const s2::Attention* given) try {
     using namespace s2;
     const Attention& call = *given;
     const Index& index = *call.index;
     const Units units(call);
-    const int64_t tokens = std::min(index.block, call.seqlen_q);
-    const int64_t heads = std::max<int64_t>(
-        1, std::min(units.heads, STRIP_ROWS / std::max<int64_t>(tokens, 1)));  // of a strip
-    const int64_t chunks = (units.heads + heads - 1) / heads,
-                  per_line = call.batch * units.per_layout * chunks;
-    const auto item = [&](int64_t i) {
-        const int64_t line = index.order[i / per_line], layout_head = line / index.q_blocks,
-                      q_block = line % index.q_blocks;
-        const int64_t rest = i % per_line, batch = rest / (units.per_layout * chunks),
-                      chunk = rest % chunks;
-        const int64_t unit = layout_head * units.per_layout + rest / chunks % units.per_layout;
-        const int64_t first = chunk * heads;
-        const Strip strip{batch, unit / units.per_kv, unit * units.heads + first,
-            std::min(heads, units.heads - first), line, index.q_start[q_block],
-            index.q_length[q_block]};
+    const int64_t threads = std::max<int64_t>(call.threads, 1);
+    const int64_t tokens = std::max<int64_t>(1, std::min(index.block, call.seqlen_q));
+    const int64_t heads = std::clamp<int64_t>(STRIP_ROWS / tokens, 1, units.heads);
+    const int64_t chunks = (units.heads + heads - 1) / heads;
+    const int64_t all = call.batch * units.count * chunks * index.q_blocks;
+    const int64_t room = std::clamp<int64_t>(STRIP_ROWS / (tokens * heads), 1, MOST_LINES);
+    const int64_t lines = std::clamp<int64_t>(all / (threads * ITEMS), 1, room);
+    const int64_t strips = (index.q_blocks + lines - 1) / lines;
+    parallel_for(call.batch * units.count * chunks * strips, (int)threads, [&](int64_t i) {
+        // The last rows first, which are the longest ones of a causal layout; neighbors one after
+        // another, since they share keys.
+        const int64_t line = (strips - 1 - i % strips) * lines, chunk = i / strips % chunks;
+        const int64_t rest = i / strips / chunks, batch = rest % call.batch;
+        const int64_t unit = rest / call.batch % units.per_layout;
+        const int64_t layout_head = index.order[rest / call.batch / units.per_layout];
+        const int64_t number = layout_head * units.per_layout + unit, first = chunk * heads;
+        const Strip strip{batch, number / units.per_kv, layout_head, number * units.heads + first,
+            std::min(heads, units.heads - first), line, std::min(lines, index.q_blocks - line)};
         Forward(call, strip).run();
-    };
-    try {
-        parallel_for(index.heads * index.q_blocks * per_line, (int)call.threads, item);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
     return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }

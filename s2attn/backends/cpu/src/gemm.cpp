@@ -7,6 +7,8 @@
 namespace s2 {
 namespace {
 
+constexpr int STEP = 8, FETCHED = 3;  // lines that are fetched ahead every so many steps of k
+
 enum Mode { Store, Add, Scale };
 
 struct Operands {
@@ -18,6 +20,7 @@ struct Operands {
     float* c;
     int64_t ldc;
     const float* factor;
+    Ahead* ahead;
 };
 
 // One register tile; A is row-major, or its transpose is when `turned`.
@@ -40,21 +43,25 @@ __attribute__((noinline)) void tile(const Operands& x) {
     const float*
         rows[(R + 2) / 3];  // three rows per pointer: x86 addresses a, a + row and a + 2 * row
     for (int i = 0; i < (R + 2) / 3; i++) rows[i] = a + 3 * i * row;
-    for (int k = 0; k < x.k; k++) {
-        V v[N];
+    for (int k = 0; k < x.k;) {
+        const int stop = k + STEP < x.k ? k + STEP : x.k;
+        if (x.ahead) x.ahead->fetch(FETCHED);
+        for (; k < stop; k++) {
+            V v[N];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) v[j] = load(b + j * W);
+            for (int j = 0; j < N; j++) v[j] = load(b + j * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const V s = set1(turned ? a[r] : rows[r / 3][r % 3 * row]);
+            for (int r = 0; r < R; r++) {
+                const V s = set1(turned ? a[r] : rows[r / 3][r % 3 * row]);
 #pragma GCC unroll 4
-            for (int j = 0; j < N; j++) acc[r][j] = fma(s, v[j], acc[r][j]);
-        }
-        b += ldb;
-        if (turned) a += step;
-        else
+                for (int j = 0; j < N; j++) acc[r][j] = fma(s, v[j], acc[r][j]);
+            }
+            b += ldb;
+            if (turned) a += step;
+            else
 #pragma GCC unroll 8
-            for (int i = 0; i < (R + 2) / 3; i++) rows[i]++;
+                for (int i = 0; i < (R + 2) / 3; i++) rows[i]++;
+        }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -70,7 +77,7 @@ void strip(int m, Operands x) {
     for (; m >= R; advance(R)) tile<R, N, mode, turned>(x);
     for (; m >= 4; advance(4)) tile<4, N, mode, turned>(x);
     if (m >= 2) tile<2, N, mode, turned>(x), advance(2);
-    if (m >= 1) tile<1, N, mode, turned>(x);
+    if (m >= 1) tile<1, N, mode, turned>(x), advance(1);
 }
 
 template <Mode mode, bool turned>
@@ -87,23 +94,23 @@ void gemm(int m, int n, Operands x) {
 }  // namespace
 
 void gemm_nn(int m, int n, int k, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc) {
-    gemm<Store, false>(m, n, {k, a, lda, b, ldb, c, ldc, nullptr});
+    float* c, int64_t ldc, Ahead* ahead) {
+    gemm<Store, false>(m, n, {k, a, lda, b, ldb, c, ldc, nullptr, ahead});
 }
 
 void gemm_nn_add(int m, int n, int k, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc) {
-    gemm<Add, false>(m, n, {k, a, lda, b, ldb, c, ldc, nullptr});
+    float* c, int64_t ldc, Ahead* ahead) {
+    gemm<Add, false>(m, n, {k, a, lda, b, ldb, c, ldc, nullptr, ahead});
 }
 
 void gemm_tn_add(int m, int n, int k, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc) {
-    gemm<Add, true>(m, n, {k, a, lda, b, ldb, c, ldc, nullptr});
+    float* c, int64_t ldc, Ahead* ahead) {
+    gemm<Add, true>(m, n, {k, a, lda, b, ldb, c, ldc, nullptr, ahead});
 }
 
 void gemm_tn_scale(int m, int n, int k, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc, const float* factor) {
-    gemm<Scale, true>(m, n, {k, a, lda, b, ldb, c, ldc, factor});
+    float* c, int64_t ldc, const float* factor, Ahead* ahead) {
+    gemm<Scale, true>(m, n, {k, a, lda, b, ldb, c, ldc, factor, ahead});
 }
 
 }  // namespace s2

@@ -32,6 +32,50 @@ void by_dtype(int64_t dtype, F&& f) {
 
 constexpr int64_t STEP = 16;  // rows and columns that are turned together
 
+// to[c * ld_to + r] = from[r * ld + c] for a square of STEP x STEP.
+void turn_square(float* to, int64_t ld_to, const float* from, int64_t ld) {
+#if defined(__AVX512F__)
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * ld);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_maskz_unpacklo_ps(0xffff, r[i], r[i + 1]);
+        t[i + 1] = _mm512_maskz_unpackhi_ps(0xffff, r[i], r[i + 1]);
+    }
+    const auto low = [](__m512 a, __m512 b) {
+        return _mm512_castpd_ps(
+            _mm512_maskz_unpacklo_pd(0xff, _mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    const auto high = [](__m512 a, __m512 b) {
+        return _mm512_castpd_ps(
+            _mm512_maskz_unpackhi_pd(0xff, _mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    for (int i = 0; i < 16; i += 4)  // r[i + j] holds columns j, j + 4, ... of rows i to i + 3
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = low(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = high(t[i + j], t[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {  // quarters of 4 rows become columns of 8, then of 16
+        const __m512 a = _mm512_maskz_shuffle_f32x4(0xffff, r[j], r[4 + j], 0x88);
+        const __m512 b = _mm512_maskz_shuffle_f32x4(0xffff, r[j], r[4 + j], 0xdd);
+        const __m512 c = _mm512_maskz_shuffle_f32x4(0xffff, r[8 + j], r[12 + j], 0x88);
+        const __m512 d = _mm512_maskz_shuffle_f32x4(0xffff, r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_ps(to + j * ld_to, _mm512_maskz_shuffle_f32x4(0xffff, a, c, 0x88));
+        _mm512_storeu_ps(to + (4 + j) * ld_to, _mm512_maskz_shuffle_f32x4(0xffff, b, d, 0x88));
+        _mm512_storeu_ps(to + (8 + j) * ld_to, _mm512_maskz_shuffle_f32x4(0xffff, a, c, 0xdd));
+        _mm512_storeu_ps(to + (12 + j) * ld_to, _mm512_maskz_shuffle_f32x4(0xffff, b, d, 0xdd));
+    }
+#else
+    for (int64_t c = 0; c < STEP; c++)
+        for (int64_t r = 0; r < STEP; r++) to[c * ld_to + r] = from[r * ld + c];
+#endif
+}
+
+void turn(float* to, int64_t ld_to, const float* from, int64_t ld, int64_t rows, int64_t columns) {
+    if (rows == STEP && columns == STEP) return turn_square(to, ld_to, from, ld);
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++) to[c * ld_to + r] = from[r * ld + c];
+}
+
 }  // namespace
 
 void load_rows(float* to, int64_t ld, Matrix from, int64_t rows, int64_t columns, float factor) {
@@ -59,9 +103,7 @@ void load_columns(float* to, int64_t ld, Matrix from, int64_t rows, int64_t colu
             load_rows(part[0], STEP,
                 {static_cast<const char*>(from.data) + offset, from.dtype, from.row, from.column},
                 height, width, factor);
-            float* corner = to + c * ld + r;
-            for (int64_t j = 0; j < width; j++)
-                for (int64_t i = 0; i < height; i++) corner[j * ld + i] = part[i][j];
+            turn(to + c * ld + r, ld, part[0], STEP, height, width);
         }
 }
 
@@ -86,9 +128,9 @@ void store_columns(
         for (int64_t c = 0; c < columns; c += STEP) {
             const int64_t height = rows - r < STEP ? rows - r : STEP,
                           width = columns - c < STEP ? columns - c : STEP;
-            const float* corner = from + c * ld + r;
+            turn(part[0], STEP, from + c * ld + r, ld, width, height);
             for (int64_t i = 0; i < height; i++)
-                for (int64_t j = 0; j < width; j++) part[i][j] = corner[j * ld + i] * factor[r + i];
+                for (int64_t j = 0; j < width; j++) part[i][j] *= factor[r + i];
             const int64_t offset = (r * to.row + c * to.column) * element_size(to.dtype);
             store_rows({static_cast<const char*>(to.data) + offset, to.dtype, to.row, to.column},
                 part[0], STEP, height, width);

@@ -1,6 +1,7 @@
 // Parts of strided tensors of any dtype, to and from float32 matrices.
 #pragma once
 #include "api.h"
+#include "gemm.h"
 
 namespace s2 {
 
@@ -21,6 +22,14 @@ struct Matrix {
 // Tokens from j on, of entry i and head h, one row each.
 inline Matrix rows_at(const Tensor& x, int64_t i, int64_t j, int64_t h) {
     return {at(x, i, j, h), x.dtype, x.stride[1], x.stride[3]};
+}
+
+// What `Ahead` fetches of `rows` rows that lie in memory one by one; scattered columns are not
+// fetched.
+inline Ahead fetch_rows(Matrix from, int64_t rows, int64_t columns) {
+    const int64_t size = element_size(from.dtype);
+    return {static_cast<const char*>(from.data), from.column == 1 ? rows : 0, from.row * size,
+        columns * size};
 }
 
 // to[r * ld + c] = factor * from[r, c]

@@ -54,7 +54,7 @@ inline V pick(uint64_t bits, V yes, V no) {
     return (V)_mm512_mask_blend_ps((__mmask16)bits, (__m512)no, (__m512)yes);
 }
 // NaN in `x` is lost: the result is then `y`.
-inline V max_or_second(V x, V y) { return (V)_mm512_max_ps((__m512)x, (__m512)y); }
+inline V max_or_second(V x, V y) { return (V)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
 #else
 // Lane i of `yes` where bit i is set, else of `no`.
 inline V pick(uint64_t bits, V yes, V no) {

@@ -37,22 +37,6 @@ struct Logits {
           cap((float)(call.softcap * LOG2E)) {}
 };
 
-// Rows from `data`, converted to float32 into `buffer` (rows, columns) unless they can be read
-// where they are.
-struct Rows {
-    const float* data;
-    int64_t stride;
-
-    Rows(Matrix from, int64_t rows, int64_t columns, float* buffer) {
-        if (from.dtype == Float32 && from.column == 1) {
-            data = static_cast<const float*>(from.data), stride = from.row;
-        } else {
-            load_rows(buffer, columns, from, rows, columns);
-            data = buffer, stride = columns;
-        }
-    }
-};
-
 inline bool all_finite(const float* row, int64_t columns) {
     int wrong = 0;
     for (int64_t c = 0; c < columns; c++) wrong |= !(std::fabs(row[c]) < INF);
