@@ -7,10 +7,18 @@ import ctypes
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Scoring
+from s2attn.backends.base import Backend, Reduction, Scoring
 from s2attn.backends.checks import plain_objections
 from s2attn.backends.cpu.build import kernels, unavailable
-from s2attn.backends.cpu.library import CAttention, CGradients, CTensor, LayoutIndex, finish, layout_index
+from s2attn.backends.cpu.library import (
+    CAttention,
+    CGradients,
+    CMass,
+    CTensor,
+    LayoutIndex,
+    finish,
+    layout_index,
+)
 from s2attn.layout import Layout
 
 
@@ -79,6 +87,27 @@ class Cpu(Backend):
         )
         finish(kernels().library.s2_backward(ctypes.byref(call), ctypes.byref(gradients)))
         return dq.to(q.dtype), dk, dv
+
+    def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
+        return self.objections(q, k, k)
+
+    def antidiagonal(self, q: Tensor, k: Tensor, reduction: Reduction) -> Tensor:
+        (batch, seqlen_q, heads, width), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
+        blocks = -(-seqlen_q // reduction.block), -(-seqlen_k // reduction.block)
+        out = torch.zeros((batch, heads, *blocks), dtype=torch.float32)
+        call = CMass(
+            CTensor.of(q),
+            CTensor.of(k),
+            out.data_ptr(),
+            reduction.scale,
+            reduction.softcap or 0.0,
+            *(reduction.stride, reduction.block, reduction.causal),
+            reduction.reach(seqlen_q, seqlen_k),
+            *(batch, heads, kv_heads, seqlen_q, seqlen_k, width),
+            torch.get_num_threads(),
+        )
+        finish(kernels().library.s2_antidiagonal(ctypes.byref(call)))
+        return out
 
 
 def _call(

@@ -80,6 +80,21 @@ class CGradients(ctypes.Structure):
     ]
 
 
+class CMass(ctypes.Structure):
+    """`Mass` of api.h."""
+
+    _fields_ = [
+        ("q", CTensor),
+        ("k", CTensor),
+        ("out", c_void_p),
+        ("scale", c_double),
+        ("softcap", c_double),
+        *((name, c_int64) for name in ("stride", "block", "causal", "reach")),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "width")),
+        ("threads", c_int64),
+    ]
+
+
 class LayoutIndex:
     """A layout as the kernels read it: its tensors, mask tiles as bits, and the order of rows.
 

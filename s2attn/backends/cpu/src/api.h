@@ -91,3 +91,21 @@ S2_API int s2_forward(const s2::Attention* call);
 
 // Gradients of a call whose out and lse are there. Returns as `s2_forward`.
 S2_API int s2_backward(const s2::Attention* call, const s2::Gradients* gradients);
+
+namespace s2 {
+
+// Block mass from strided antidiagonals: `Reduction`, and queries and keys of one call.
+struct Mass {
+    Tensor q, k;
+    float* out;  // (batch, heads, query blocks, key blocks), which is 0
+    double scale;
+    double softcap;  // 0 for none
+    int64_t stride, block, causal, reach;
+    int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, width;
+    int64_t threads;
+};
+
+}  // namespace s2
+
+// Fills `out`. Returns as `s2_forward`.
+S2_API int s2_antidiagonal(const s2::Mass* call);

@@ -153,6 +153,10 @@ struct Backward {
     }
 
     void run() {
+        if (segment.begin == segment.end) {
+            std::fill(dkt, k, 0.0f);
+            return store_sums();
+        }
         load_keys();
         const Columns& columns = shared.columns;
         const int64_t layout_head = shared.layout_head(segment.head);
