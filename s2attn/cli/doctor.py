@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from s2attn.backends.cpu.build import kernels, unavailable
 from s2attn.backends.registry import backend_names, get_backend
 from s2attn.bench.host import host_facts
 from s2attn.cli.screen import console, table
@@ -26,6 +27,7 @@ def diagnose() -> dict[str, Any]:
         "python": host["python"],
         "packages": {name: _version(name) for name in PACKAGES},
         "compiler": next((name for name in ("g++", "clang++", "c++", "cl") if shutil.which(name)), None),
+        "kernels": _kernels(),
         "devices": [str(device) for device in devices()],
         "hardware": {str(device): _hardware(device, host) for device in devices()},
         "backends": {name: {str(device): _objections(name, device) for device in devices()} for name in backend_names()},
@@ -60,6 +62,15 @@ def _hardware(device: torch.device, host: dict[str, Any]) -> str:
     return device.type
 
 
+def _kernels() -> str:
+    """The compiler and the instruction set of the C++ kernels, which are built here if need be, or why there are none."""
+    why = unavailable()
+    if why is not None:
+        return f"none: {why}"
+    built = kernels()
+    return f"{built.isa}, by {built.compiler}"
+
+
 def _objections(backend: str, device: torch.device) -> list[str]:
     """Why the backend cannot serve float32 and, on an accelerator, bfloat16 tensors there; one that does not load says why."""
     try:
@@ -87,6 +98,7 @@ def show_doctor(*, as_json: bool) -> None:
     ]
     versions += [[name, version or "not installed"] for name, version in found["packages"].items()]
     versions.append(["C++ compiler", found["compiler"] or "none found: torch.compile cannot make CPU code"])
+    versions.append(["C++ kernels", found["kernels"]])
     screen.print(table(versions, "Versions", right_from=2))
     screen.print(table([["device", "hardware"], *([name, text] for name, text in found["hardware"].items())], "Devices", right_from=2))
     lines = [["backend", "device", "can run", "why not"]]

@@ -132,7 +132,7 @@ def test_rows_sum_to_their_groups():
     assert mass.sum(-1)[0, 0].tolist() == pytest.approx([0, 0, 2, 4, 4, 4, 1], abs=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_differ_by_the_rounding_of_the_inputs_alone(dtype):
     q, k = tensors(1, 70, 70, 2, 1, dtype=dtype)
     assert torch.equal(antidiagonal(q, k, stride=4, block=16), antidiagonal(q.float(), k.float(), stride=4, block=16))

@@ -164,3 +164,10 @@ def _tile_bits(tiles: Tensor, *, by_query: bool) -> Tensor:
 def _densest_first(counts: Tensor) -> Tensor:
     """Layout heads as int32, those with the most entries first."""
     return torch.argsort(counts.sum(1), descending=True, stable=True).int()
+
+
+def record_sizes() -> dict[str, tuple[int, int]]:
+    """Bytes of each record here and in the library, which must agree."""
+    records = (CTensor, CIndex, CColumns, CAttention, CGradients, CMass)
+    size_of = kernels().library.s2_record_size
+    return {kind.__name__: (ctypes.sizeof(kind), size_of(c_int64(number))) for number, kind in enumerate(records)}

@@ -79,6 +79,9 @@ inline int64_t words_of(int64_t block) { return (block + 63) / 64; }
 // The instruction set that this library was compiled for.
 S2_API const char* s2_isa();
 
+// Bytes of Tensor, Index, Columns, Attention, Gradients and Mass, by number.
+S2_API int64_t s2_record_size(int64_t number);
+
 // Mask tiles (count, block, block) of bytes [query, key] as `Index::bits`, or as `Columns::bits`.
 S2_API void s2_pack_tiles(
     const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits);

@@ -22,6 +22,12 @@ const char* s2_isa() {
 #endif
 }
 
+int64_t s2_record_size(int64_t number) {
+    const int64_t sizes[] = {sizeof(s2::Tensor), sizeof(s2::Index), sizeof(s2::Columns),
+        sizeof(s2::Attention), sizeof(s2::Gradients), sizeof(s2::Mass)};
+    return sizes[number];
+}
+
 void s2_pack_tiles(
     const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits) {
     const int64_t words = s2::words_of(block), square = block * block;
