@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and does nothing twice; PYTHON (3.10 or newer) may name another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest constraints test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize compile-matrix lint docs format clean
+.PHONY: help demo test test-newest constraints test-vllm test-transformers-oldest gpu-tests gpu-bench gpu-tune gpu-sanitize cpu-sanitize compile-matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -54,6 +54,7 @@ help:
 	@echo "make gpu-bench       its attention against its peers, within 10 minutes; records in out/"
 	@echo "make gpu-tune        which tiles are the fastest on it, within 10 minutes; the table in out/"
 	@echo "make gpu-sanitize    the same kernels under compute-sanitizer"
+	@echo "make cpu-sanitize    the C++ kernels of the cpu backend under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make compile-matrix  every kernel that a launch can choose, for every target, without a GPU (an hour or two; ARGS=sm_90 for one)"
 	@echo "make lint    ruff, pyrefly and the import contracts"
 	@echo "make docs    build the documentation into site/"
@@ -93,6 +94,18 @@ gpu-tests:
 
 gpu-sanitize:
 	$(PYTHON) tests/gpu/sanitize.py --out $(OUT) $(ARGS)
+
+# Python itself is not instrumented: the sanitizer's library is loaded first, and what Python never frees is no leak.
+CPU_SOURCES := s2attn/backends/cpu/src
+SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	S2ATTN_CPU_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
+cpu-sanitize: $(VENV)/.ready-test
+	@mkdir -p $(OUT)
+	$(CXX) -std=c++17 -O1 -g -march=native -pthread -fsanitize=thread -I$(CPU_SOURCES) $(CPU_SOURCES)/*.cpp \
+		tests/backends/cpu_threads.cpp -o $(OUT)/cpu_threads
+	$(OUT)/cpu_threads
+	$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "cpu" tests/backends/test_every_backend.py tests/backends/test_cpu.py $(ARGS)
 
 compile-matrix: $(VENV)/.ready-test
 	@mkdir -p $(OUT)
