@@ -16,7 +16,9 @@ from s2attn.backends import get_backend, pick
 from s2attn.backends.cpu import build
 from s2attn.core import Unsupported
 
-SMALL = 'extern "C" const char* s2_isa() { return "small"; }\n'
+SMALL = """
+extern "C" __attribute__((visibility("default"))) const char* s2_isa() { return "small"; }
+"""
 X = torch.zeros(1, 4, 2, 16)
 
 
@@ -134,7 +136,7 @@ def test_a_home_that_cannot_be_written(fresh: Path, monkeypatch, cause: str) -> 
     if cause == "no folder":
         home.write_text("a file")
     else:
-        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     path = build.kernels().path
     assert path.parent == fresh / f"s2attn-{os.getuid()}"
     assert path.parent.stat().st_mode & 0o077 == 0
@@ -143,7 +145,7 @@ def test_a_home_that_cannot_be_written(fresh: Path, monkeypatch, cause: str) -> 
 def test_a_temporary_folder_that_others_can_write_is_not_used(fresh: Path, monkeypatch) -> None:
     """They could have put a library there."""
     monkeypatch.delenv("S2ATTN_CACHE")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     folder = fresh / f"s2attn-{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o777)

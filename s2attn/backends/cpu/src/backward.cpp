@@ -67,9 +67,13 @@ struct Shared {
           row_turn(call.batch * call.heads * index.q_blocks),
           column_turn(call.batch * call.kv_heads * index.k_blocks),
           sums(column_turn.size()) {
-        for (int64_t j = 0; j < index.k_blocks; j++)
-            for (int64_t b = 0; b < call.batch; b++)
-                for (int64_t g = 0; g < call.kv_heads; g++) cut_column(b, g, j);
+        // Neighboring columns of one head one after another, since they share queries; as many
+        // heads at a time as there are threads, so that these seldom wait for each other.
+        const int64_t lanes = call.batch * call.kv_heads, step = std::max<int64_t>(call.threads, 1);
+        for (int64_t first = 0; first < lanes; first += step)
+            for (int64_t j = 0; j < index.k_blocks; j++)
+                for (int64_t i = first; i < std::min(first + step, lanes); i++)
+                    cut_column(i / call.kv_heads, i % call.kv_heads, j);
     }
 
     void cut_column(int64_t batch, int64_t kv_head, int64_t column) {
