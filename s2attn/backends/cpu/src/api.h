@@ -71,6 +71,8 @@ struct Gradients {
     Tensor dk, dv;
 };
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // 64-bit words that hold one bit per token of a block.
 inline int64_t words_of(int64_t block) { return (block + 63) / 64; }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <new>
 
+#include "bf16.h"
 #include "pool.h"
 #include "work.h"
 
@@ -43,20 +44,26 @@ struct Keys {
 };
 
 struct Buffers {
-    float *qt, *ot, *m, *l, *factor, *s, *k, *v;
+    float *qt, *ot, *m, *l, *factor, *s, *k, *v, *k_pairs, *vt_pairs, *p_pairs;
 
     Buffers(const Attention& call, int64_t panels) {
-        const int64_t widths = call.width + call.v_width;
-        s = scratch(panels * LANES * (widths + 2) + LANES + KEYS * (LANES + widths));
-        qt = s + KEYS * LANES;                   // s: [KEYS, LANES]
-        ot = qt + panels * LANES * call.width;   // qt: [panels, width, LANES]
-        m = ot + panels * LANES * call.v_width;  // ot: [panels, v_width, LANES]
-        l = m + panels * LANES;                  // m, l: [panels, LANES]
-        factor = l + panels * LANES;             // [LANES]
-        k = factor + LANES;                      // [KEYS, width]
-        v = k + KEYS * call.width;               // [KEYS, v_width]
+        const int64_t depth = std::max<int64_t>(call.width, 16), rows = round_up(call.v_width, 16);
+        s = scratch(panels * LANES * (depth + rows + 2) + LANES +
+                    KEYS * (2 * LANES + call.width + call.v_width + depth + rows));
+        qt = s + KEYS * LANES;              // s: [KEYS, LANES]
+        ot = qt + panels * LANES * depth;   // qt: [panels, width, LANES], or pairs of width
+        m = ot + panels * LANES * rows;     // ot: [panels, v_width, LANES]
+        l = m + panels * LANES;             // m, l: [panels, LANES]
+        factor = l + panels * LANES;        // [LANES]
+        k = factor + LANES;                 // [KEYS, width]
+        v = k + KEYS * call.width;          // [KEYS, v_width]
+        k_pairs = v + KEYS * call.v_width;  // [KEYS, pairs of width]
+        vt_pairs = k_pairs + KEYS * depth;  // [v_width, pairs of KEYS]
+        p_pairs = vt_pairs + KEYS * rows;   // [pairs of KEYS, LANES]
     }
 };
+
+inline uint32_t* words(float* x) { return reinterpret_cast<uint32_t*>(x); }
 
 // The online softmax of N vectors of lanes: scores become probabilities, `m` and `l` move on,
 // `factor` is what earlier sums are multiplied by.
@@ -123,11 +130,22 @@ struct Forward {
     const Index& index;
     const Strip& strip;
     const Logits logits;
+    const bool pairs;                // of bfloat16: products by the processor's own instructions
+    const int64_t qt_size, ot_size;  // numbers of a panel
+    const int64_t depth;             // words of a packed row of queries or keys
     Line lines[MOST_LINES];
     Buffers own;
 
     Forward(const Attention& call, const Strip& strip)
-        : call(call), index(*call.index), strip(strip), logits(call), own(call, set_lines()) {}
+        : call(call),
+          index(*call.index),
+          strip(strip),
+          logits(call),
+          pairs(call.q.dtype == BFloat16 && bf16_products()),
+          qt_size(std::max<int64_t>(call.width, 16) * LANES),
+          ot_size(round_up(call.v_width, 16) * LANES),
+          depth(round_up(call.width, 32) / 2),
+          own(call, set_lines()) {}
 
     // Returns the number of panels.
     int64_t set_lines() {
@@ -147,6 +165,7 @@ struct Forward {
     }
 
     void run() {
+        const Bf16Scope scope(pairs);
         load_queries();
         for (int64_t block = next_block(); block < index.k_blocks;) {
             for (int64_t i = 0; i < strip.lines; i++) list(lines[i], block);
@@ -191,26 +210,25 @@ struct Forward {
     }
 
     void load_queries() {
-        for (int64_t i = 0; i < strip.lines; i++) {
-            const Line& line = lines[i];
-            for (int64_t p = 0; p < line.panels(); p++) {
-                const int64_t panel = (line.first_panel + p) * LANES, lanes = line.lanes(p);
-                float* qt = own.qt + panel * call.width;
-                for (int64_t lane = 0; lane < lanes;) {
-                    const int64_t row = p * LANES + lane, token = row % line.tokens;
-                    const int64_t count = std::min(lanes - lane, line.tokens - token);
-                    load_columns(qt + lane, LANES, rows_of(call.q, line, row), count, call.width,
-                        logits.factor);
-                    lane += count;
-                }
-                for (int64_t d = 0; d < call.width; d++)
-                    std::fill(qt + d * LANES + lanes, qt + d * LANES + round_up(lanes, W), 0.0f);
-                std::fill(own.m + panel, own.m + panel + LANES, -INF);
-                std::fill(own.l + panel, own.l + panel + LANES, 0.0f);
-                float* ot = own.ot + panel * call.v_width;
-                std::fill(ot, ot + LANES * call.v_width, 0.0f);
-            }
+        for (int64_t i = 0; i < strip.lines; i++)
+            for (int64_t p = 0; p < lines[i].panels(); p++) load_panel(lines[i], p);
+    }
+
+    void load_panel(const Line& line, int64_t p) {
+        const int64_t panel = line.first_panel + p, lanes = line.lanes(p);
+        float *qt = own.qt + panel * qt_size, *m = own.m + panel * LANES,
+              *l = own.l + panel * LANES;
+        if (lanes % W) std::fill(qt, qt + qt_size, 0.0f);
+        for (int64_t lane = 0; lane < lanes;) {
+            const int64_t row = p * LANES + lane, token = row % line.tokens;
+            const int64_t count = std::min(lanes - lane, line.tokens - token);
+            const Matrix from = rows_of(call.q, line, row);
+            if (pairs) pack_columns(words(qt) + lane, LANES, depth, from, count, call.width);
+            else load_columns(qt + lane, LANES, from, count, call.width, logits.factor);
+            lane += count;
         }
+        std::fill(m, m + LANES, -INF), std::fill(l, l + LANES, 0.0f);
+        std::fill(own.ot + panel * ot_size, own.ot + (panel + 1) * ot_size, 0.0f);
     }
 
     // The numbers of one row and those after it.
@@ -222,37 +240,72 @@ struct Forward {
     // Folds a tile into the sums of the lines that list it, and meanwhile fetches the next one.
     void attend(const Keys& tile, const Keys& next) {
         const int64_t keys = tile.count;
-        load_rows(own.k, call.width, keys_at(call.k, tile), keys, call.width);
-        load_rows(own.v, call.v_width, keys_at(call.v, tile), keys, call.v_width);
+        load_tile(tile);
         Ahead next_k = fetch_rows(keys_at(call.k, next), next.count, call.width);
         Ahead next_v = fetch_rows(keys_at(call.v, next), next.count, call.v_width);
+        if (pairs) next_k.fetch(INT32_MAX), next_v.fetch(INT32_MAX);
         for (int64_t i = 0; i < strip.lines; i++) {
             const Line& line = lines[i];
             if (!line.listed) continue;
-            const bool broken = line.bits && !all_finite(own.v, keys * call.v_width);
+            const bool broken = line.bits && broken_values(tile);
             for (int64_t p = 0; p < line.panels(); p++) {
-                const int64_t lanes = round_up(line.lanes(p), W),
-                              panel = (line.first_panel + p) * LANES;
-                float *qt = own.qt + panel * call.width, *ot = own.ot + panel * call.v_width;
-                gemm_nn(
-                    keys, lanes, call.width, own.k, call.width, qt, LANES, own.s, LANES, &next_k);
+                const int64_t lanes = round_up(line.lanes(p), W), panel = line.first_panel + p;
+                float *ot = own.ot + panel * ot_size, *m = own.m + panel * LANES;
+                score(own.qt + panel * qt_size, keys, lanes, &next_k);
                 uint64_t bits[KEYS];
                 if (line.bits) {
-                    const int64_t words = words_of(index.block);
-                    panel_bits(bits, line.bits + tile.offset * words, words, keys, line, p);
+                    const int64_t count = words_of(index.block);
+                    panel_bits(bits, line.bits + tile.offset * count, count, keys, line, p);
                 }
                 const bool capped = call.softcap > 0;
                 const auto step = line.bits
                                       ? (capped ? softmax<true, true> : softmax<true, false>)
                                       : (capped ? softmax<false, true> : softmax<false, false>);
-                step(
-                    own.s, keys, lanes, bits, logits.cap, own.m + panel, own.l + panel, own.factor);
+                step(own.s, keys, lanes, bits, logits.cap, m, own.l + panel * LANES, own.factor);
                 if (broken) add_broken_values(keys, lanes, bits, ot);
-                else
-                    gemm_tn_scale(call.v_width, lanes, keys, own.v, call.v_width, own.s, LANES, ot,
-                        LANES, own.factor, &next_v);
+                else add_values(keys, lanes, ot, &next_v);
             }
         }
+    }
+
+    void load_tile(const Keys& tile) {
+        const Matrix k = keys_at(call.k, tile), v = keys_at(call.v, tile);
+        if (pairs) {
+            pack_rows(words(own.k_pairs), depth, k, tile.count, call.width);
+            pack_turned(
+                words(own.vt_pairs), round_up(tile.count, 32) / 2, v, tile.count, call.v_width);
+        } else {
+            load_rows(own.k, call.width, k, tile.count, call.width);
+            load_rows(own.v, call.v_width, v, tile.count, call.v_width);
+        }
+    }
+
+    // S^T = K Q^T, in base 2
+    void score(const float* qt, int64_t keys, int64_t lanes, Ahead* ahead) {
+        if (!pairs)
+            return gemm_nn(
+                keys, lanes, call.width, own.k, call.width, qt, LANES, own.s, LANES, ahead);
+        bf16_product(keys, lanes, depth, words(own.k_pairs), words(const_cast<float*>(qt)), own.s);
+        for (int64_t k = 0; k < keys; k++)
+            for (int64_t j = 0; j < lanes; j += W)
+                store(own.s + k * LANES + j, load(own.s + k * LANES + j) * logits.factor);
+    }
+
+    // O^T = O^T * factor + V^T P^T
+    void add_values(int64_t keys, int64_t lanes, float* ot, Ahead* ahead) {
+        if (!pairs)
+            return gemm_tn_scale(call.v_width, lanes, keys, own.v, call.v_width, own.s, LANES, ot,
+                LANES, own.factor, ahead);
+        const int64_t count = round_up(keys, 32) / 2;
+        pack_floats(words(own.p_pairs), count, own.s, keys, lanes);
+        bf16_scale(
+            call.v_width, lanes, count, words(own.vt_pairs), words(own.p_pairs), ot, own.factor);
+    }
+
+    // Whether some value of the tile is NaN or infinite; float32 values are then in `own.v`.
+    bool broken_values(const Keys& tile) {
+        if (pairs) load_rows(own.v, call.v_width, keys_at(call.v, tile), tile.count, call.v_width);
+        return !all_finite(own.v, tile.count * call.v_width);
     }
 
     Matrix keys_at(const Tensor& x, const Keys& tile) const {
@@ -284,7 +337,7 @@ struct Forward {
                              line.start + token;
                 const float *m = own.m + panel + lane, *l = own.l + panel + lane;
                 normalize(head, m, l, count, lse, own.factor);
-                const float* ot = own.ot + panel * call.v_width + lane;
+                const float* ot = own.ot + panel / LANES * ot_size + lane;
                 store_columns(
                     rows_of(call.out, line, row), ot, LANES, count, call.v_width, own.factor);
                 row += count;

@@ -1,6 +1,5 @@
 // What is asked of the library once: its instruction set, and mask tiles as bits.
 #include <algorithm>
-#include <cstring>
 #include <new>
 #include <vector>
 
@@ -32,7 +31,7 @@ void s2_pack_tiles(
     const uint8_t* tiles, int64_t count, int64_t block, int64_t by_query, uint64_t* bits) {
     const int64_t words = s2::words_of(block), square = block * block;
     const int64_t row = by_query ? block : 1, lane = by_query ? 1 : block;
-    std::memset(bits, 0, (size_t)(count * block * words) * 8);
+    std::fill(bits, bits + count * block * words, 0);
     for (int64_t t = 0; t < count; t++, tiles += square)
         for (int64_t i = 0; i < block; i++, bits += words)
             for (int64_t j = 0; j < block; j++)

@@ -32,7 +32,14 @@ void by_dtype(int64_t dtype, F&& f) {
 
 constexpr int64_t STEP = 16;  // rows and columns that are turned together
 
-// to[c * ld_to + r] = from[r * ld + c] for a square of STEP x STEP.
+void turn(float* to, int64_t ld_to, const float* from, int64_t ld, int64_t rows, int64_t columns) {
+    if (rows == STEP && columns == STEP) return turn_square(to, ld_to, from, ld);
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++) to[c * ld_to + r] = from[r * ld + c];
+}
+
+}  // namespace
+
 void turn_square(float* to, int64_t ld_to, const float* from, int64_t ld) {
 #if defined(__AVX512F__)
     __m512 r[16], t[16];
@@ -69,14 +76,6 @@ void turn_square(float* to, int64_t ld_to, const float* from, int64_t ld) {
         for (int64_t r = 0; r < STEP; r++) to[c * ld_to + r] = from[r * ld + c];
 #endif
 }
-
-void turn(float* to, int64_t ld_to, const float* from, int64_t ld, int64_t rows, int64_t columns) {
-    if (rows == STEP && columns == STEP) return turn_square(to, ld_to, from, ld);
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t r = 0; r < rows; r++) to[c * ld_to + r] = from[r * ld + c];
-}
-
-}  // namespace
 
 void load_rows(float* to, int64_t ld, Matrix from, int64_t rows, int64_t columns, float factor) {
     by_dtype(from.dtype, [&](auto kind) {

@@ -40,6 +40,9 @@ void load_rows(
 void load_columns(
     float* to, int64_t ld, Matrix from, int64_t rows, int64_t columns, float factor = 1.0f);
 
+// to[c * ld_to + r] = from[r * ld + c] for 16 rows and columns of any 4 bytes
+void turn_square(float* to, int64_t ld_to, const float* from, int64_t ld);
+
 // to[r, c] = factor[r] * from[c * ld + r], rounded to the dtype of `to`, which is written
 void store_columns(
     Matrix to, const float* from, int64_t ld, int64_t rows, int64_t columns, const float* factor);

@@ -43,6 +43,4 @@ inline bool all_finite(const float* row, int64_t columns) {
     return !wrong;
 }
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 }  // namespace s2
