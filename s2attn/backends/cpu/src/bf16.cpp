@@ -6,7 +6,7 @@
 
 #include "vec.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define S2_AMX
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -6,9 +6,9 @@
 #include "api.h"
 
 const char* s2_isa() {
-#if defined(__AVX512F__) && defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
     return "AVX-512, AMX";
-#elif defined(__AVX512F__) && defined(__AVX512BF16__)
+#elif defined(__AVX512BF16__)
     return "AVX-512, BF16";
 #elif defined(__AVX512F__)
     return "AVX-512";

@@ -27,8 +27,8 @@ struct Units {
     }
 };
 
-// How a product q.k becomes the exponent of 2: `factor * x`, or with a soft-cap `cap * tanh(factor
-// * x)`.
+// How a product x = q.k becomes the exponent of 2: `factor * x`, or `cap * tanh(factor * x)` with a
+// soft-cap.
 struct Logits {
     float factor, cap;
 
