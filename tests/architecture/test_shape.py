@@ -45,6 +45,16 @@ def test_files_have_a_caption(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), "the module needs a docstring that says what it is for"
 
 
+CPP_FILES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in {".cpp", ".h"})
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=name_of)
+def test_cpp_files_stay_readable_and_have_a_caption(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MAX_FILE_LINES and max(map(len, lines)) <= 100
+    assert lines[0].startswith("// ") and len(lines[0]) > 20
+
+
 def test_every_folder_is_a_package() -> None:
     folders = {path.parent for path in FILES}
     assert sorted(name_of(folder) for folder in folders if not (folder / "__init__.py").exists()) == []

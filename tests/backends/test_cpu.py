@@ -51,7 +51,8 @@ def test_long_columns_are_cut_into_segments() -> None:
     torch.set_num_threads(3)
     got, expected = run(CPU, p), run(get_backend("reference"), p)
     for name in NAMES:
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-5, rtol=2e-5)
+        pair = getattr(got, name), getattr(expected, name)
+        torch.testing.assert_close(*pair, atol=2e-5, rtol=2e-5)
 
 
 def test_calls_from_several_threads_at_once() -> None:
@@ -67,7 +68,8 @@ wrong = []
 def call():
     for _ in range(20):
         got = run(get_backend("cpu"), p)
-        wrong.extend(n for n in ("out", "dq", "dk") if not torch.equal(getattr(got, n), getattr(expected, n)))
+        pairs = [(getattr(got, n), getattr(expected, n)) for n in ("out", "dq", "dk")]
+        wrong.extend(i for i, pair in enumerate(pairs) if not torch.equal(*pair))
 threads = [threading.Thread(target=call) for _ in range(4)]
 [t.start() for t in threads], [t.join() for t in threads]
 print(wrong)

@@ -117,7 +117,8 @@ def test_a_compiler_that_does_not_start(fresh: Path, monkeypatch) -> None:
 def test_without_a_compiler_another_backend_serves(fresh: Path, monkeypatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert get_backend("cpu").objections(X, X, X) == ["no C++ compiler: neither $CXX nor c++, g++, clang++ on the PATH"]
+    reason = "no C++ compiler: neither $CXX nor c++, g++, clang++ on the PATH"
+    assert get_backend("cpu").objections(X, X, X) == [reason]
     assert pick("auto", X, X, X).name != "cpu"
 
 
@@ -174,18 +175,18 @@ def test_importing_the_library_builds_nothing(fresh: Path) -> None:
 def test_the_sources_compile_without_warnings() -> None:
     compiler = build.find_compiler()
     assert compiler is not None
-    command = [*compiler, *build.compile_flags(), "-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"]
-    running = [
-        subprocess.Popen([*command, str(source)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for source in sorted(build.SOURCES.glob("*.cpp"))
-    ]
+    strict = ["-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"]
+    command = [*compiler, *build.compile_flags(), *strict]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = [subprocess.Popen([*command, str(source)], **pipes, text=True) for source in sorted(build.SOURCES.glob("*.cpp"))]
     assert [process.communicate(timeout=250)[0] for process in running] == [""] * len(running)
 
 
-NARROW = ["-mno-amx-bf16", "-mno-avx512f", "-march=x86-64"] if platform.machine() == "x86_64" else []
+NARROW = ["-mno-amx-bf16", "-mno-avx512f", "-march=x86-64"]
+X86 = platform.machine() == "x86_64"
 
 
-@pytest.mark.parametrize("flags", NARROW)
+@pytest.mark.parametrize("flags", NARROW if X86 else [])
 def test_narrower_vectors_compute_the_same(flags: str) -> None:
     """AVX-512 without AMX, AVX2 and 128 bits, as far as this machine goes."""
     code = """
@@ -203,5 +204,6 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 print(kernels().isa)
 """
     env = {**os.environ, "S2ATTN_CPU_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.stdout.strip() and "AMX" not in done.stdout, done.stderr

@@ -78,7 +78,8 @@ def kernels() -> Kernels:
             except BuildError as error:
                 _built = error
                 if find_compiler() is not None:
-                    warnings.warn(f"the cpu backend is not available: {error}", RuntimeWarning, stacklevel=2)
+                    words = f"the cpu backend is not available: {error}"
+                    warnings.warn(words, RuntimeWarning, stacklevel=2)
     if isinstance(_built, BuildError):
         raise _built
     return _built
@@ -106,7 +107,8 @@ def find_compiler() -> list[str] | None:
 
 def compile_flags() -> list[str]:
     """The flags of every file; ``$S2ATTN_CPU_FLAGS`` adds some, such as those of a sanitizer."""
-    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    native = "-march=native" if x86 else "-mcpu=native"
     return [*FLAGS, native, *os.environ.get("S2ATTN_CPU_FLAGS", "").split()]
 
 
@@ -128,7 +130,7 @@ def _load_or_build() -> Kernels:
                 if not path.exists() or not _loads(path):
                     _build(compiler, flags, path)
             return _opened(path, described)
-        except OSError as error:  # a folder that cannot be written, or from which nothing may be loaded
+        except OSError as error:  # cannot be written, or nothing may be loaded from it
             unusable.append(f"{folder}: {error}")
     raise BuildError("no folder to keep the library in: " + "; ".join(unusable))
 
@@ -168,7 +170,7 @@ def _cpu_features() -> str:
             "CPU implementer",
             "CPU part",
         )
-        return "\n".join(line for line in first if line.split("\t")[0].split(":")[0].strip() in kept)
+        return "\n".join(line for line in first if line.partition(":")[0].strip() in kept)
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 

@@ -64,7 +64,10 @@ class CAttention(ctypes.Structure):
 class CColumns(ctypes.Structure):
     """`Columns` of api.h."""
 
-    _fields_ = [(name, c_void_p) for name in ("ptr", "full", "tile_ptr", "idx", "tile", "bits", "rank")]
+    _fields_ = [
+        *((name, c_void_p) for name in ("ptr", "full", "tile_ptr", "idx", "tile")),
+        *((name, c_void_p) for name in ("bits", "rank")),
+    ]
 
 
 class CGradients(ctypes.Structure):
@@ -90,7 +93,8 @@ class CMass(ctypes.Structure):
         ("scale", c_double),
         ("softcap", c_double),
         *((name, c_int64) for name in ("stride", "block", "causal", "reach")),
-        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "width")),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads")),
+        *((name, c_int64) for name in ("seqlen_q", "seqlen_k", "width")),
         ("threads", c_int64),
     ]
 
@@ -130,7 +134,8 @@ class LayoutColumns:
         self._kept += [_tile_bits(layout.tiles, by_query=True), rank]
         self.record = CColumns(*(x.data_ptr() for x in self._kept))
         rank_entries = kernels().library.s2_rank_entries
-        finish(rank_entries(ctypes.byref(index), ctypes.byref(self.record), c_void_p(rank.data_ptr())))
+        records = ctypes.byref(index), ctypes.byref(self.record)
+        finish(rank_entries(*records, c_void_p(rank.data_ptr())))
 
 
 def layout_index(layout: Layout) -> LayoutIndex:
@@ -170,4 +175,6 @@ def record_sizes() -> dict[str, tuple[int, int]]:
     """Bytes of each record here and in the library, which must agree."""
     records = (CTensor, CIndex, CColumns, CAttention, CGradients, CMass)
     size_of = kernels().library.s2_record_size
-    return {kind.__name__: (ctypes.sizeof(kind), size_of(c_int64(number))) for number, kind in enumerate(records)}
+    theirs = [size_of(c_int64(number)) for number in range(len(records))]
+    pairs = zip(records, theirs, strict=True)
+    return {kind.__name__: (ctypes.sizeof(kind), size) for kind, size in pairs}
