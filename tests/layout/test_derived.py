@@ -143,7 +143,8 @@ def test_the_cache_counts_what_backends_derive(monkeypatch):
     (layout,) = source._layouts.values()
     layout.derive(("a backend", "plan"), lambda: torch.zeros(10_000))
     held = {key: sum(memory.values()) for key, (_, memory) in layout.derived._values.items()}
-    assert sum(held.values()) > 40_000 and layout_bytes() == layout.nbytes_held == layout.nbytes + sum(held.values())
+    assert layout_bytes() == layout.nbytes_held >= layout.nbytes + 40_000
+    assert sum(held.values()) >= layout.nbytes_held - layout.nbytes  # memory that two values share counts once
     monkeypatch.setattr(source, "_KEEP_BYTES", layout_bytes())
     s2attn.attention(q, k, v, Window(7), cu_seqlens_q=cu, cu_seqlens_k=cu)
     assert layout not in source._layouts.values()

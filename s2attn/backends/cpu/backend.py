@@ -18,6 +18,7 @@ from s2attn.backends.cpu.library import (
     CTensor,
     LayoutIndex,
     finish,
+    layout_columns,
     layout_index,
 )
 from s2attn.layout import Layout
@@ -79,8 +80,9 @@ class Cpu(Backend):
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         call = _call(q, k, v, out, lse, index, scoring, None)
+        columns = layout_columns(layout, index)
         gradients = CGradients(
-            ctypes.pointer(index.columns(layout).record),
+            ctypes.pointer(columns.record),
             CTensor.of(dout),
             None if dlse is None else dlse.data_ptr(),
             dq.data_ptr(),

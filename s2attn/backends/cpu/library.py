@@ -116,13 +116,6 @@ class LayoutIndex:
         pointers = (x.data_ptr() for x in self._kept)
         self.record = CIndex(layout.block, layout.heads, rows.lines, len(layout.k_spans), *pointers)
         self.covers_queries = layout.q_spans.total == layout.seqlen_q
-        self._columns: LayoutColumns | None = None
-
-    def columns(self, layout: Layout) -> LayoutColumns:
-        """The columns of the layout, made on first use."""
-        if self._columns is None:
-            self._columns = LayoutColumns(layout, self.record)
-        return self._columns
 
 
 class LayoutColumns:
@@ -139,11 +132,13 @@ class LayoutColumns:
 
 
 def layout_index(layout: Layout) -> LayoutIndex:
-    """The index of a layout, made on first use and kept as long as the layout lives."""
-    made = layout.__dict__.get("_cpu_index")
-    if made is None:
-        made = layout.__dict__["_cpu_index"] = LayoutIndex(layout)
-    return made
+    """The index of a layout, kept with it; hold it while a kernel reads what its record points to."""
+    return layout.derive(("cpu", "rows"), lambda: LayoutIndex(layout))
+
+
+def layout_columns(layout: Layout, index: LayoutIndex) -> LayoutColumns:
+    """The columns of a layout, kept with it; hold them while a kernel reads what their record points to."""
+    return layout.derive(("cpu", "columns"), lambda: LayoutColumns(layout, index.record))
 
 
 def finish(status: int) -> None:

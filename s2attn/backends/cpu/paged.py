@@ -66,11 +66,8 @@ class RowIndex:
 
 
 def row_index(layout: Layout) -> RowIndex:
-    """The index of a layout, made on first use and kept as long as the layout lives."""
-    made = layout.__dict__.get("_cpu_row_index")
-    if made is None:
-        made = layout.__dict__["_cpu_row_index"] = RowIndex(layout)
-    return made
+    """The rows of a layout, kept with it; hold them while a kernel reads what their fields point to."""
+    return layout.derive(("cpu", "pages"), lambda: RowIndex(layout))
 
 
 def decode(q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
@@ -86,8 +83,9 @@ def decode(q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring:
     cu = None if requests.cu_seqlens_q is None else requests.cu_seqlens_q.to(torch.int64).contiguous()
     scales = [None if x is None else x.float().contiguous() for x in (pages.k_scale, pages.v_scale)]
     softcap = 0.0 if scoring.softcap is None else min(max(scoring.softcap, SMALLEST_CAP), LARGEST_CAP)
+    index = row_index(layout)
     call = CDecode(
-        *row_index(layout).fields,
+        *index.fields,
         CTensor.of(q),
         _page_tensor(pages.k),
         _page_tensor(pages.v),
