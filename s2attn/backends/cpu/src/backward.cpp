@@ -50,6 +50,7 @@ struct Shared {
     const Columns& columns;
     std::vector<float> shift;  // (batch, heads, seqlen_q) lse in base 2; +inf where nothing is
                                // seen, NaN where that is broken
+    std::vector<float> low;    // what `shift` lost when it was rounded
     std::vector<float> delta;  // (batch, heads, seqlen_q) sum(dout * out) - dlse
     std::vector<Segment> segments;
     std::vector<std::atomic<int32_t>> row_turn;     // (batch, heads, q_blocks)
@@ -63,6 +64,7 @@ struct Shared {
           index(*call.index),
           columns(*gradients.columns),
           shift(call.batch * call.heads * call.seqlen_q),
+          low(shift.size()),
           delta(shift.size()),
           row_turn(call.batch * call.heads * index.q_blocks),
           column_turn(call.batch * call.kv_heads * index.k_blocks),
@@ -113,11 +115,13 @@ struct Shared {
         for (int64_t i = 0; i < count; i++) {
             const float *out = o + i * call.v_width, *dout = d + i * call.v_width,
                         lse = call.lse[first + i];
-            float sum = 0;
-            for (int64_t c = 0; c < call.v_width; c++) sum += dout[c] * out[c];
-            delta[first + i] = sum - (gradients.dlse ? gradients.dlse[first + i] : 0.0f);
+            double sum = 0;  // delta is subtracted from sums of the same size
+            for (int64_t c = 0; c < call.v_width; c++) sum += (double)dout[c] * out[c];
+            delta[first + i] = (float)(sum - (gradients.dlse ? gradients.dlse[first + i] : 0.0f));
             const bool sound = std::fabs(lse) < INF && all_finite(out, call.v_width);
-            shift[first + i] = sound ? (float)(lse * LOG2E) : lse == -INF ? INF : NAN;
+            const double exact = lse * LOG2E;
+            shift[first + i] = sound ? (float)exact : lse == -INF ? INF : NAN;
+            low[first + i] = sound ? (float)(exact - (float)exact) : 0.0f;
         }
     }
 };
@@ -202,8 +206,7 @@ struct Backward {
                 return Matrix{static_cast<const char*>(x.data) + p * LANES * x.row * size, x.dtype,
                     x.row, x.column};
             };
-            load_columns(kt + p * LANES * call.width, LANES, from(keys_at), count, call.width,
-                logits.factor);
+            load_columns(kt + p * LANES * call.width, LANES, from(keys_at), count, call.width);
             load_columns(
                 vt + p * LANES * call.v_width, LANES, from(values_at), count, call.v_width);
         }
@@ -214,8 +217,10 @@ struct Backward {
         const int64_t rows = tile.count, words = words_of(index.block);
         const int64_t number =
             (segment.batch * call.heads + segment.head) * call.seqlen_q + tile.start;
-        const float *shift = shared.shift.data() + number, *delta = shared.delta.data() + number;
-        load_rows(q, call.width, queries_at(call.q, tile), rows, call.width);
+        const float *shift = shared.shift.data() + number, *low = shared.low.data() + number;
+        const float* delta = shared.delta.data() + number;
+        // Scaled as in the forward: the scores have the same bits, and P errs less.
+        load_rows(q, call.width, queries_at(call.q, tile), rows, call.width, logits.factor);
         load_rows(dout, call.v_width, queries_at(shared.gradients.dout, tile), rows, call.v_width);
         Ahead next_q = fetch_rows(queries_at(call.q, next), next.count, call.width);
         Ahead next_dout =
@@ -236,7 +241,7 @@ struct Backward {
                 bits[i] = !(shift[i] < INF) ? 0
                           : tile.bits       ? tile.bits[i * words + p]
                                             : ~(uint64_t)0;
-            step(s, dp, rows, lanes, bits, logits.cap, shift, delta);
+            step(s, dp, rows, lanes, bits, logits.cap, shift, low, delta);
             if (masked && !all_finite(delta, rows)) add_poisoned(rows, count, bits, dvt + v_panel);
             else
                 gemm_tn_add(call.v_width, lanes, rows, dout, call.v_width, s, LANES, dvt + v_panel,
@@ -279,13 +284,13 @@ struct Backward {
     // Scores become P, and products with the values dS; both are 0 where masked.
     template <bool masked, bool capped>
     static void gradient(float* s, float* dp, int64_t rows, int64_t lanes, const uint64_t* bits,
-        float cap, const float* shift, const float* delta) {
+        float cap, const float* shift, const float* low, const float* delta) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < lanes; j += W) {
                 float *s_at = s + i * LANES + j, *dp_at = dp + i * LANES + j;
                 V x = load(s_at), bent{};
                 if (capped) bent = tanh(x), x = bent * cap;
-                V p = exp2(x - shift[i]), ds = p * (load(dp_at) - delta[i]);
+                V p = exp2(x - shift[i] - low[i]), ds = p * (load(dp_at) - delta[i]);
                 if (capped) ds *= 1.0f - bent * bent;
                 if (masked) p = pick(bits[i] >> j, p, V{}), ds = pick(bits[i] >> j, ds, V{});
                 store(s_at, p), store(dp_at, ds);
@@ -339,7 +344,8 @@ struct Backward {
 
     void store_sums() {
         float scales[LANES], ones[LANES];
-        std::fill(scales, scales + LANES, (float)call.scale), std::fill(ones, ones + LANES, 1.0f);
+        std::fill(scales, scales + LANES, (float)(call.softcap > 0 ? call.softcap : LN2)),
+            std::fill(ones, ones + LANES, 1.0f);
         for (int64_t p = 0; p < panels; p++) {
             const int64_t count = std::min<int64_t>(LANES, keys - p * LANES),
                           token = start + p * LANES;

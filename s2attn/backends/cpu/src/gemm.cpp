@@ -26,22 +26,18 @@ struct Operands {
 // One register tile; A is row-major, or its transpose is when `turned`.
 template <int R, int N, Mode mode, bool turned>
 __attribute__((noinline)) void tile(const Operands& x) {
-    V acc[R][N];
+    V acc[R][N];  // from 0, and added to C at the end: long sums over many tiles lose less
     const int64_t ldc = x.ldc;
     float* c = x.c;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) {
-            if (mode == Store) acc[r][j] = V{};
-            if (mode == Add) acc[r][j] = load(c + r * ldc + j * W);
-            if (mode == Scale) acc[r][j] = load(c + r * ldc + j * W) * load(x.factor + j * W);
-        }
+        for (int j = 0; j < N; j++) acc[r][j] = V{};
     const float* a = x.a;
     const float* b = x.b;
     const int64_t row = turned ? 1 : x.lda, step = turned ? x.lda : 1, ldb = x.ldb;
-    const float*
-        rows[(R + 2) / 3];  // three rows per pointer: x86 addresses a, a + row and a + 2 * row
+    // Three rows per pointer: x86 addresses a, a + row and a + 2 * row.
+    const float* rows[(R + 2) / 3];
     for (int i = 0; i < (R + 2) / 3; i++) rows[i] = a + 3 * i * row;
     for (int k = 0; k < x.k;) {
         const int stop = k + STEP < x.k ? k + STEP : x.k;
@@ -66,7 +62,12 @@ __attribute__((noinline)) void tile(const Operands& x) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) store(c + r * ldc + j * W, acc[r][j]);
+        for (int j = 0; j < N; j++) {
+            float* at = c + r * ldc + j * W;
+            if (mode == Add) acc[r][j] += load(at);
+            if (mode == Scale) acc[r][j] = fma(load(at), load(x.factor + j * W), acc[r][j]);
+            store(at, acc[r][j]);
+        }
 }
 
 // All rows of a strip of N vectors: tiles of R rows, then of 4, 2 and 1.
