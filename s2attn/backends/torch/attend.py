@@ -1,4 +1,4 @@
-"""Attention of row blocks over their listed keys: in chunks, with a running softmax along each list."""
+"""Attention of row blocks over their lists: in chunks, with a running softmax along a list."""
 
 from __future__ import annotations
 
@@ -97,14 +97,13 @@ class Problem:
     def keys(self, k: Tensor, v: Tensor) -> Contiguous:
         return Contiguous(Rows.of(k), Rows.of(v), self.layout.k_spans, self.inside, self.dtype)
 
-    def layout_head(self, unit: np.ndarray) -> np.ndarray:
-        return unit * self.layout.heads // self.units
-
     def every_item(self, spans: Spans, tokens: int) -> Items:
         """An item for every batch entry, unit and block of an axis of ``tokens``."""
         start, length = (x.cpu().numpy().astype(np.int64) for x in (spans.start, spans.length))
         batch, unit, line = (x.ravel() for x in np.indices((self.q.shape[0], self.units, len(start))))
-        return Items(batch, unit, self.layout_head(unit), line, np.zeros_like(line), length[line], batch * tokens + start[line])
+        return Items(
+            batch, unit, unit * self.layout.heads // self.units, line, np.zeros_like(line), length[line], batch * tokens + start[line]
+        )
 
     def chunks(self, index: BlockIndex, items: Items, rows: int, per_entry: int, width: int) -> Iterator[Chunk]:
         """Items in chunks that fit in memory.
@@ -183,7 +182,7 @@ def logits(q: Tensor, k: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | Non
 
 
 def attend(p: Problem, source: Source, items: Items, width: int, v_width: int) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of the queries of ``items``; ``width`` is that of a key and its value together."""
+    """``(out, lse)`` of the queries of ``items``; ``width``: of a key and its value together."""
     q, sinks = p.table(p.q), p.scoring.sinks
     out = q.new_zeros((len(q), v_width), dtype=p.dtype)
     lse = out.new_full((len(q), 1), -torch.inf)

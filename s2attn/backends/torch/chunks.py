@@ -1,4 +1,4 @@
-"""Block lists cut into chunks: work items whose padded lists and row counts are equal, so that one batched product serves them all."""
+"""Block lists cut into chunks of work items of one shape, which one batched product serves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from s2attn.layout import BlockIndex
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +27,13 @@ class Items:
         start: token of the first row, counted over all batch entries.
     """
 
-    batch: Array
-    unit: Array
-    head: Array
-    line: Array
-    low: Array
-    rows: Array
-    start: Array
+    batch: np.ndarray
+    unit: np.ndarray
+    head: np.ndarray
+    line: np.ndarray
+    low: np.ndarray
+    rows: np.ndarray
+    start: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,7 @@ class Chunk:
     full: int
 
     def row_tokens(self) -> tuple[Tensor, Tensor]:
-        """Tokens ``(n, tokens)`` of the rows, and which of them exist; those that do not repeat the last one."""
+        """Tokens ``(n, tokens)`` of the rows, and which exist; the others repeat the last one."""
         inside = torch.arange(self.tokens, device=self.start.device)
         exists = inside < self.rows[:, None]
         return self.start[:, None] + torch.minimum(inside, self.rows[:, None] - 1), exists
@@ -82,7 +80,7 @@ def chunks(index: BlockIndex, items: Items, most: Callable[[int, int], int]) -> 
     ptr, full, tile_ptr = (x.cpu().numpy() for x in (index.ptr, index.full, index.tile_ptr))
     begin = ptr[items.head, items.line]
     count, full = ptr[items.head, items.line + 1] - begin, full[items.head, items.line]
-    # A few shapes instead of many: short lists as they are, then multiples of 4; rows in powers of two.
+    # Few shapes: short lists as they are, then multiples of 4; rows in powers of two.
     entries = np.where(count <= 4, count, -(-count // 4) * 4)
     tokens = 1 << np.ceil(np.log2(np.maximum(items.rows, 1))).astype(np.int64)
     order = np.lexsort((full, entries, tokens))

@@ -1,4 +1,4 @@
-"""Backward: gradients of queries over row blocks, then those of keys and values over the columns of the same index."""
+"""Backward: dq over row blocks, then dk and dv over the columns of the same index."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from s2attn.backends.torch.chunks import Chunk
 from s2attn.backends.torch.rows import Hide, product, weigh
 
 
-def gradients(p: Problem, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-    """``(dq, dk, dv)``; probabilities are computed twice, so that no sum depends on an order of writes."""
+def gradients(
+    p: Problem, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)``; probabilities are computed twice: no sum depends on an order of writes."""
     q, dout = p.table(p.q), p.table(dout)
-    # Of a row that sees one key, dP - delta is what rounding leaves: delta is summed in float64 where there is one.
+    # Of a row that sees one key, dP - delta is what rounding leaves: delta is summed in float64.
     wide = p.dtype if q.device.type == "mps" else torch.float64
     delta = (dout.to(wide) * p.table(out).to(wide)).sum(-1).to(p.dtype)
     if dlse is not None:
@@ -22,7 +24,8 @@ def gradients(p: Problem, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | Non
     lse = p.table(lse.transpose(1, 2), torch.inf)
     tables = q, dout, lse.masked_fill_(lse == -torch.inf, torch.inf), delta
     source, width = p.keys(k, v), k.shape[3] + v.shape[3]
-    return _of_queries(p, source, width, *tables), *_of_keys(p, source, k, v, *tables)
+    dk, dv = _of_keys(p, source, k, v, *tables)
+    return _of_queries(p, source, width, *tables), dk, dv
 
 
 def _of_queries(p: Problem, source: Contiguous, width: int, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def _of_keys(
 
 
 def _readers(p: Problem, chunk: Chunk, low: int, high: int) -> tuple[Tensor, Hide]:
-    """The queries ``(n, N)`` of entries of key blocks, block by block and head by head in each, and what of them is hidden."""
+    """The queries ``(n, N)`` of entries of key blocks, by block and head; and what is hidden."""
     block, n, entries, spans = p.layout.block, len(chunk.line), high - low, p.layout.q_spans
     listed = chunk.block[:, low:high].flatten()
     token = spans.start[listed].long()[:, None] + p.inside

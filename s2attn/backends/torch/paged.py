@@ -20,13 +20,13 @@ def attend_paged(p: Problem, pages: Pages, requests: Requests) -> tuple[Tensor, 
     lines = _lines_of_spans(p, requests) if p.layout.packed else _lines_by_position(p, pages, requests)
     seq, row, low, rows, first = np.tile(np.stack(lines), p.units)
     unit = np.repeat(np.arange(p.units), len(lines[0]))
-    items = Items(seq, unit, p.layout_head(unit), row, low, rows, first)
+    items = Items(seq, unit, unit * p.layout.heads // p.units, row, low, rows, first)
     source = Paged(pages, Rows.of(pages.k), Rows.of(pages.v), p.layout.k_spans.pos, p.inside, p.dtype)
     return attend(p, source, items, pages.k.shape[3] + pages.v.shape[3], pages.v.shape[3])
 
 
 def _lines_of_spans(p: Problem, requests: Requests) -> list[np.ndarray]:
-    """Sequence, row block, first row of it, number of rows, and first query, for each block of a packed layout."""
+    """Sequence, row block, its first row, number of rows, and first query: of a packed layout."""
     start, length, seq = (x.cpu().numpy().astype(np.int64) for x in p.layout.q_spans.tensors()[:3])
     kept = (seq < requests.batch) & (start + length <= p.q.shape[1])
     row = np.flatnonzero(kept)
@@ -34,7 +34,7 @@ def _lines_of_spans(p: Problem, requests: Requests) -> list[np.ndarray]:
 
 
 def _lines_by_position(p: Problem, pages: Pages, requests: Requests) -> list[np.ndarray]:
-    """The same of a square layout, by the positions of the queries; numbers that make no sense are clamped."""
+    """The same of a square layout, by the positions of the queries; bad numbers are clamped."""
     block, total, room = p.layout.block, p.q.shape[1], pages.table.shape[2] * pages.page_size
     length = requests.seq_lens.cpu().numpy().astype(np.int64).clip(0, room)
     if requests.cu_seqlens_q is None:

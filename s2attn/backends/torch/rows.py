@@ -1,4 +1,4 @@
-"""Tensors as tables of vectors, gathered and masked; and products that bad numbers pass only where they are seen."""
+"""Tensors as tables of vectors, and products whose bad numbers reach only rows that see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block mass from strided antidiagonals: groups of queries times groups of keys, and a softmax over the key groups."""
+"""Block mass from strided antidiagonals: query groups times key groups, and a softmax."""
 
 from __future__ import annotations
 
