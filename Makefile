@@ -105,7 +105,7 @@ cpu-sanitize: $(VENV)/.ready-test
 	$(CXX) -std=c++17 -O1 -g -march=native -pthread -fsanitize=thread -I$(CPU_SOURCES) $(CPU_SOURCES)/*.cpp \
 		tests/backends/cpu_threads.cpp -o $(OUT)/cpu_threads
 	$(OUT)/cpu_threads
-	$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "cpu" tests/backends/test_every_backend.py tests/backends/test_cpu.py $(ARGS)
+	$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "cpu" tests/backends/test_every_backend.py tests/backends/test_cpu.py tests/backends/test_paged.py $(ARGS)
 
 compile-matrix: $(VENV)/.ready-test
 	@mkdir -p $(OUT)

@@ -7,8 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from s2attn.backends.base import Backend, Reduction, Scoring
-from s2attn.backends.checks import plain_objections
+from s2attn.backends.base import Backend, Pages, Reduction, Requests, Scoring, Writes
+from s2attn.backends.checks import paged_objections, plain_objections, store_objections
+from s2attn.backends.cpu import paged
 from s2attn.backends.cpu.build import kernels, unavailable
 from s2attn.backends.cpu.library import (
     CAttention,
@@ -32,6 +33,7 @@ class Cpu(Backend):
     """
 
     name = "cpu"
+    by_position = True
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         if q.device.type != "cpu":
@@ -87,6 +89,25 @@ class Cpu(Backend):
         )
         finish(kernels().library.s2_backward(ctypes.byref(call), ctypes.byref(gradients)))
         return dq.to(q.dtype), dk, dv
+
+    def paged_objections(self, q: Tensor, pages: Pages) -> list[str]:
+        return self.objections(q, q, q) or paged_objections(q, pages)
+
+    def forward_paged(
+        self,
+        q: Tensor,
+        pages: Pages,
+        requests: Requests,
+        layout: Layout,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Tensor]:
+        return paged.decode(q, pages, requests, layout, scoring)
+
+    def store_objections(self, new: Writes) -> list[str]:
+        return self.objections(new.k, new.k, new.v) or store_objections(new)
+
+    def store(self, new: Writes) -> None:
+        paged.store(new)
 
     def mass_objections(self, q: Tensor, k: Tensor) -> list[str]:
         return self.objections(q, k, k)

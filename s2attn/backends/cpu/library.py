@@ -112,7 +112,7 @@ class LayoutIndex:
         spans = layout.q_spans, layout.k_spans
         kept = [*rows.tensors(), *(x for span in spans for x in (span.start, span.length))]
         self._kept = [x.contiguous() for x in kept]
-        self._kept += [_tile_bits(layout.tiles, by_query=False), _densest_first(rows.counts)]
+        self._kept += [tile_bits(layout.tiles, by_query=False), _densest_first(rows.counts)]
         pointers = (x.data_ptr() for x in self._kept)
         self.record = CIndex(layout.block, layout.heads, rows.lines, len(layout.k_spans), *pointers)
         self.covers_queries = layout.q_spans.total == layout.seqlen_q
@@ -131,7 +131,7 @@ class LayoutColumns:
     def __init__(self, layout: Layout, index: CIndex):
         self._kept = [x.contiguous() for x in layout.columns.tensors()]
         rank = torch.empty(layout.columns.idx.numel(), dtype=torch.int32)
-        self._kept += [_tile_bits(layout.tiles, by_query=True), rank]
+        self._kept += [tile_bits(layout.tiles, by_query=True), rank]
         self.record = CColumns(*(x.data_ptr() for x in self._kept))
         rank_entries = kernels().library.s2_rank_entries
         records = ctypes.byref(index), ctypes.byref(self.record)
@@ -152,7 +152,7 @@ def finish(status: int) -> None:
         raise MemoryError("the cpu backend ran out of memory")
 
 
-def _tile_bits(tiles: Tensor, *, by_query: bool) -> Tensor:
+def tile_bits(tiles: Tensor, *, by_query: bool) -> Tensor:
     """Mask tiles ``(n, block, block)`` bool as bits ``(n, block, words)`` int64.
 
     Bit q of row k says whether query q sees key k; with ``by_query`` bit k of row q.

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "api.h"
+#include "paged.h"
 
 const char* s2_isa() {
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
@@ -23,7 +24,8 @@ const char* s2_isa() {
 
 int64_t s2_record_size(int64_t number) {
     const int64_t sizes[] = {sizeof(s2::Tensor), sizeof(s2::Index), sizeof(s2::Columns),
-        sizeof(s2::Attention), sizeof(s2::Gradients), sizeof(s2::Mass)};
+        sizeof(s2::Attention), sizeof(s2::Gradients), sizeof(s2::Mass), sizeof(s2::Table),
+        sizeof(s2::Decode), sizeof(s2::Store)};
     return sizes[number];
 }
 
