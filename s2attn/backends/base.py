@@ -135,6 +135,8 @@ class Backend(ABC):
     name: str
     by_position = False
     """Whether paged calls may come with a layout whose rows are positions."""
+    capturable = False
+    """Whether a CUDA graph can capture paged calls and stores: no number is read on the host."""
 
     @abstractmethod
     def objections(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:

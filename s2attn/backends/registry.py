@@ -17,10 +17,10 @@ def _cpu() -> Backend:
     return Cpu()
 
 
-def _portable() -> Backend:
-    from s2attn.backends.portable import Portable
+def _torch() -> Backend:
+    from s2attn.backends.torch import Torch
 
-    return Portable()
+    return Torch()
 
 
 def _triton() -> Backend:
@@ -35,10 +35,10 @@ def _reference() -> Backend:
     return Reference()
 
 
-_LOADERS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "portable": _portable, "triton": _triton, "reference": _reference}
+_LOADERS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "torch": _torch, "triton": _triton, "reference": _reference}
 """In order of preference. A loader imports its backend on first use, so that `import s2attn` stays light.
 
-The Triton kernels stand behind the portable backend, and so are used only when they are asked for by name, until there is a record of
+The Triton kernels stand behind plain torch, and so are used only when they are asked for by name, until there is a record of
 their results and their speed on a GPU.
 """
 

@@ -246,7 +246,7 @@ def run_decode_case(
     A copy is timed in turn with all others, and so is, beside a ragged batch, a uniform one in which the pattern lists as many bytes.
     """
     meter = meter or Meter()
-    backend = backend or ("triton" if meter.device == "cuda" else "portable")
+    backend = backend or ("triton" if meter.device == "cuda" else "torch")
     turns = Turns(case.name, meter, journal or Journal(), deadline)
     batch = Batch.of(case, seed, meter.device)
     oracle = DecodeOracle(batch)

@@ -169,7 +169,7 @@ class Estimating:
 
     def __init__(self, case: HyperCase, meter: Meter, seed: int, backend: str | None):
         self.case, self.meter, self.seed = case, meter, seed
-        self.backend = backend or ("triton" if meter.device == "cuda" else "portable")
+        self.backend = backend or ("triton" if meter.device == "cuda" else "torch")
         self.generator = torch.Generator(meter.device).manual_seed(seed)
         self.tokens = Tokens.themed(case, self.generator)
         self.heard: list[dict[str, float]] = []
@@ -214,7 +214,7 @@ class Estimating:
         """
         case, group = self.case, self.case.heads // self.case.kv_heads
         x = Tokens.noise(case, PIECE * case.block, (group, 1), self.generator)
-        sampled, plain = self.whole(x, min_seqlen=0), self.whole(x.to(torch.float64), min_seqlen=0, backend="portable")
+        sampled, plain = self.whole(x, min_seqlen=0), self.whole(x.to(torch.float64), min_seqlen=0, backend="torch")
         allowed = 4 * torch.finfo(x.q.dtype).eps + 64 * torch.finfo(torch.float32).eps
         far = max(_distance(own, truth) for own, truth in zip(sampled, plain, strict=True))
         if not far <= allowed:

@@ -169,7 +169,7 @@ class Serving:
 
     def __init__(self, case: InferenceCase, meter: Meter, journal: Journal, seed: int, backend: str | None):
         self.case, self.meter, self.journal, self.seed = case, meter, journal, seed
-        self.backend = backend or ("triton" if meter.device == "cuda" else "portable")
+        self.backend = backend or ("triton" if meter.device == "cuda" else "torch")
         self.stack = Stack(case, meter.device, seed)
         generator = torch.Generator(meter.device).manual_seed(seed)
         shape, dtype = (1, case.room, case.width), getattr(torch, case.dtype)

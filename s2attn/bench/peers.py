@@ -94,7 +94,7 @@ class S2Attn(Peer):
 
     def __init__(self, device: str = "cpu", backend: str | None = None):
         super().__init__(device)
-        self.backend = backend or ("triton" if device == "cuda" else "portable")
+        self.backend = backend or ("triton" if device == "cuda" else "torch")
 
     def prepare(self, case: AttentionCase) -> Prepared:
         began = time.perf_counter()

@@ -215,7 +215,7 @@ class Selecting:
 
     def __init__(self, case: SelectCase, meter: Meter, seed: int, backend: str | None):
         self.case, self.meter, self.sample = case, meter, case.sample(seed, meter.device)
-        self.backend = backend or ("triton" if meter.device == "cuda" else "portable")
+        self.backend = backend or ("triton" if meter.device == "cuda" else "torch")
         self.oracle = SelectOracle(case, self.sample, seed)
 
     def parts(self) -> tuple[dict[str, Call], Tensor, Layout]:

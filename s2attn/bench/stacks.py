@@ -93,7 +93,7 @@ class Ours(StackPeer):
 
     def __init__(self, case: StackCase, device: str, backend: str | None):
         super().__init__(OURS)
-        self.case, self.backend = case, backend or ("triton" if device == "cuda" else "portable")
+        self.case, self.backend = case, backend or ("triton" if device == "cuda" else "torch")
         self.facts = {"backend": self.backend}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         began = time.perf_counter()

@@ -31,7 +31,7 @@ WAITING = "waiting"
 class HostedCache(SparseCache):
     """A `SparseCache` of which some layers, or pages that are old or wait, lie in the memory of the host.
 
-    Keys on the host are never brought back. Queries go there, attend on the CPU through the portable backend, and what returns is a partial
+    Keys on the host are never brought back. Queries go there, attend on the CPU through the torch backend, and what returns is a partial
     result ``(out, lse)``, which is merged with that of the keys on the device (FastAttention, arXiv:2410.16663, section 4.4). Exact: the
     result is that of the cache in one memory. ``s2attn.generate(..., cache=...)`` and all methods work as there, but for :meth:`save`.
 
@@ -216,7 +216,7 @@ class HostedCache(SparseCache):
             asked, *given = coming()
             once = given[0] if given and not results else None  # sinks count once
             k_pages, v_pages = (pool.expand(-1, -1, self.num_kv_heads, -1) for pool in self._host)
-            how |= {**where, "block_table": block_table - self.num_pages, "backend": "portable", "sinks": once}
+            how |= {**where, "block_table": block_table - self.num_pages, "backend": "torch", "sinks": once}
             results.append(tuple(self.bus.send(*decode(asked, k_pages, v_pages, there, **how))))
         out, lse = results[0] if len(results) == 1 else merge(results)
         return (out, lse) if return_lse else out

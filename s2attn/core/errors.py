@@ -11,12 +11,12 @@ class Unsupported(RuntimeError):
     Wrong values raise ``ValueError`` and wrong kinds ``TypeError``; this is for a correct request that no backend (or not the
     backend that was asked for by name) can serve.
 
-    >>> raise Unsupported("attention cannot run", {"triton": ["no CUDA device"], "portable": ["dtype int8"]})
+    >>> raise Unsupported("attention cannot run", {"triton": ["no CUDA device"], "torch": ["dtype int8"]})
     Traceback (most recent call last):
     ...
     s2attn.core.errors.Unsupported: attention cannot run
       triton: no CUDA device
-      portable: dtype int8
+      torch: dtype int8
     """
 
     def __init__(self, what: str, reasons: Mapping[str, Sequence[str]] | None = None):

@@ -58,7 +58,7 @@ def decode(
         validate: look at lengths and tables first, and wait for the device to do so. Without it, and always during the capture of a CUDA
             graph, kernels clamp what makes no sense: lengths to the table, ``cu_seqlens_q`` to a rising walk inside q (a query of no
             sequence gives 0 and -inf), and keys in pages that do not exist count as unseen. Nothing outside of the tensors is read or
-            written. The portable backend makes its lists on the host: it looks in any case, and cannot be captured.
+            written. The torch backend reads sizes on the host, and cannot be captured.
         batch_invariant: the bits of a sequence's result depend on that sequence alone, at some cost in speed.
 
     Returns:

@@ -49,7 +49,7 @@ def antidiagonal(
         stride: tokens per group; divides ``block``.
         block: tokens per block of the result, 16 to 256.
         causal, scale, softcap: as in `attention`; the cap bounds R.
-        backend: who computes it: "auto", "cpu", "portable", "triton" or "reference".
+        backend: who computes it: "auto", "cpu", "torch", "triton" or "reference".
 
     Returns:
         ``(B, H, query blocks, key blocks)`` float32, at least 0. A row sums to the number of its query groups that see a key.

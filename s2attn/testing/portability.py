@@ -221,9 +221,9 @@ def page(record: dict[str, Any]) -> str:
     lines += [f"Made by `python -m s2attn.testing.portability` with {versions}. Do not edit: run it again."]
     lines += ["", "* **right**: ran on such a device here, and agrees with float64."]
     lines += ["* **compiles**: Triton compiles it for such a device and it fits its shared memory; no such device was there to run it."]
-    lines += ['* **no**: refused, for the reason below. `portable`, in plain torch, then serves a call with `backend="auto"`.']
+    lines += ['* **no**: refused, for the reason below. `torch`, in plain torch, then serves a call with `backend="auto"`.']
     lines += [
-        "* Other torch devices, and shapes that a kernel refuses, are served by `portable`, in plain torch; none was there to run it."
+        "* Other torch devices, and shapes that a kernel refuses, are served by `torch`, in plain torch; none was there to run it."
     ]
     lines += ["", f"| device | dtype | {' | '.join(OPERATIONS)} |", "|---|---|" + "---|" * len(OPERATIONS)]
     rows: dict[tuple[str, str], dict[str, Finding]] = {}

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from s2attn.backends import Backend, backend_names, get_backend
-from s2attn.backends.portable import Portable
-from s2attn.backends.portable.tile import StackTile
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +27,9 @@ def two_threads(_same_numbers_and_one_thread: None) -> None:
 
 
 def serving() -> dict[str, Backend]:
-    """The registered backends, and the portable one as it would run on another device.
-
-    Kernels run in Triton's interpreter; where there is a GPU, tests/gpu runs them compiled.
-    """
+    """The registered backends; kernels run in Triton's interpreter, and where there is a GPU, tests/gpu runs them compiled."""
     interpreted = find_spec("triton") is not None and not torch.cuda.is_available()
-    registered = {name: get_backend(name) for name in backend_names() if name != "triton" or interpreted}
-    return registered | {"portable-stack": Portable(StackTile())}
+    return {name: get_backend(name) for name in backend_names() if name != "triton" or interpreted}
 
 
 def serves(backend: Backend, dtype: torch.dtype) -> bool:

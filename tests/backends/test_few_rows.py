@@ -24,7 +24,7 @@ def random_call(tokens: int, keys: int, heads: int, kv_heads: int, width: int = 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_long_lists_are_cut_into_pieces_and_joined(heads, pattern, dtype) -> None:
     q, k, v = random_call(1, 20_001, *heads, dtype=dtype)
-    sinks, how = torch.randn(heads[0]), {"softcap": 9.0, "return_lse": True, "backend": "portable"}
+    sinks, how = torch.randn(heads[0]), {"softcap": 9.0, "return_lse": True, "backend": "torch"}
     out, lse = s2attn.attention(q, k, v, pattern, sinks=sinks, **how)
     mask = dense_mask(pattern, *heads, 1, 20_001)
     (exact, exact_lse), (plain, plain_lse) = (f(q, k, v, mask, softcap=9.0, sinks=sinks) for f in (oracle, eager))
@@ -41,13 +41,13 @@ def test_bits_depend_on_the_item_alone(dtype) -> None:
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                several.append(s2attn.attention(q, k, v, Dense(), return_lse=True, backend="portable"))
+                several.append(s2attn.attention(q, k, v, Dense(), return_lse=True, backend="torch"))
         finally:
             torch.set_num_threads(before)
         out, lse = several[0]
         assert all(torch.equal(out, other) and torch.equal(lse, other_lse) for other, other_lse in several[1:])
         for i in range(2):
-            one, one_lse = s2attn.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], Dense(), return_lse=True, backend="portable")
+            one, one_lse = s2attn.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], Dense(), return_lse=True, backend="torch")
             assert torch.equal(one[0], out[i]) and torch.equal(one_lse[0], lse[i])
 
 
@@ -55,7 +55,7 @@ def test_bits_depend_on_the_item_alone(dtype) -> None:
 def test_rows_that_see_nothing(sinks) -> None:
     """Of positions 8 to 11 only the first sees one of the first four keys among its last six."""
     q, k, v = random_call(4, 12, 2, 2)
-    out, lse = s2attn.attention(q, k, v, Sink(4) & Window(6), sinks=sinks, return_lse=True, backend="portable")
+    out, lse = s2attn.attention(q, k, v, Sink(4) & Window(6), sinks=sinks, return_lse=True, backend="torch")
     floor = torch.full((2,), -torch.inf) if sinks is None else sinks
     assert bool((out[:, 1:] == 0).all()) and bool(out[:, 0].any(-1).all())
     assert torch.allclose(lse[..., 1:], floor[:, None].expand(2, 3)) and bool(lse[..., 0].isfinite().all())
@@ -65,7 +65,7 @@ def test_a_key_of_nan_reaches_the_rows_that_see_it_alone() -> None:
     q, k, v = random_call(2, 300, 4, 2)
     k[0, 297, 1] = torch.nan
     for window, seen in ((1, []), (2, [0]), (3, [0, 1])):
-        out = s2attn.attention(q, k, v, Window(window), backend="portable")
+        out = s2attn.attention(q, k, v, Window(window), backend="torch")
         expected = torch.zeros(2, 2, 4, dtype=torch.bool)
         expected[0, seen, 2:] = True
         assert torch.equal(out.isnan().any(-1), expected)
@@ -74,4 +74,4 @@ def test_a_key_of_nan_reaches_the_rows_that_see_it_alone() -> None:
 def test_widths_that_are_no_multiple_of_eight() -> None:
     q, k, v = random_call(1, 500, 4, 2, width=20)
     exact, plain = (f(q, k, v, dense_mask(S2, 4, 2, 1, 500))[0] for f in (oracle, eager))
-    assert_close("out", s2attn.attention(q, k, v, S2, backend="portable"), plain, exact)
+    assert_close("out", s2attn.attention(q, k, v, S2, backend="torch"), plain, exact)

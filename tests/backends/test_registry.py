@@ -12,7 +12,7 @@ from s2attn.core import Unsupported
 @pytest.fixture
 def two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those that are here whatever is installed."""
-    monkeypatch.setattr(registry, "_LOADERS", {name: registry._LOADERS[name] for name in ("portable", "reference")})
+    monkeypatch.setattr(registry, "_LOADERS", {name: registry._LOADERS[name] for name in ("torch", "reference")})
 
 
 def x(dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
@@ -20,8 +20,8 @@ def x(dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
 
 
 def test_names_are_those_of_the_backends() -> None:
-    assert {"portable", "reference"} <= set(backend_names())
-    assert backend_names().index("portable") < backend_names().index("reference")
+    assert {"torch", "reference"} <= set(backend_names())
+    assert backend_names().index("torch") < backend_names().index("reference")
     assert all(get_backend(name).name == name for name in backend_names())
 
 
@@ -32,11 +32,11 @@ def test_auto_takes_the_first_without_objections() -> None:
 
 def test_an_explicit_choice_is_kept() -> None:
     assert pick("reference", x(), x(), x()).name == "reference"
-    assert pick("portable", x(), x(), x()).name == "portable"
+    assert pick("torch", x(), x(), x()).name == "torch"
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*'portable'.*; got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*'torch'.*; got 'fast'"):
         pick("fast", x(), x(), x())
     with pytest.raises(TypeError, match=r"backend must be one of .*; got int"):
         pick(*[3, x(), x(), x()])
@@ -54,20 +54,19 @@ def test_unknown_names() -> None:
         (x().to_sparse(), x(), x(), "q is torch.sparse_coo"),
     ],
 )
-@pytest.mark.parametrize("name", ["portable", "reference", "auto"])
+@pytest.mark.parametrize("name", ["torch", "reference", "auto"])
 @pytest.mark.usefixtures("two_backends")
 def test_refusals_name_every_backend_and_every_reason(q, k, v, reason: str, name: str) -> None:
     with pytest.raises(Unsupported) as refusal:
         pick(name, q, k, v)
-    assert list(refusal.value.reasons) == ["portable", "reference"]
+    assert list(refusal.value.reasons) == ["torch", "reference"]
     assert all(any(reason in why for why in reasons) for reasons in refusal.value.reasons.values())
     assert reason in str(refusal.value)
 
 
 @pytest.mark.usefixtures("two_backends")
 def test_a_refusal_says_who_could_have_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    portable = get_backend("portable")
-    monkeypatch.setattr(type(portable), "objections", lambda self, q, k, v: ["it rains"])
-    assert pick("auto", x(), x(), x()).name != "portable"
-    with pytest.raises(Unsupported, match="portable: it rains\n  reference: could serve this call"):
-        pick("portable", x(), x(), x())
+    monkeypatch.setattr(type(get_backend("torch")), "objections", lambda self, q, k, v: ["it rains"])
+    assert pick("auto", x(), x(), x()).name != "torch"
+    with pytest.raises(Unsupported, match="torch: it rains\n  reference: could serve this call"):
+        pick("torch", x(), x(), x())

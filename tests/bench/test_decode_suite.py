@@ -68,7 +68,7 @@ def test_a_uniform_batch_lists_as_many_bytes_as_a_ragged_one(case: DecodeCase) -
 
 def test_flex_over_padded_keys_means_what_the_pattern_means() -> None:
     for case in (case_of(q_len=3, ragged=True, batch=4), case_of(q_len=2, pattern=Window(20))):
-        peer = WholeFlex(Batch.of(case), "cpu", "portable")
+        peer = WholeFlex(Batch.of(case), "cpu", "torch")
         assert peer.mask_heads() == (4 if case.ragged else None)
         seen, room = peer.seen(), torch.arange(case.context)
         for b, length in enumerate(case.lengths):
@@ -84,11 +84,11 @@ def test_flex_over_padded_keys_means_what_the_pattern_means() -> None:
 def test_a_page_that_was_not_read_is_seen(dtype: str) -> None:
     case = case_of(context=1024, dtype=dtype, pattern=Window(800))
     batch = Batch.of(case)
-    oracle, peer = DecodeOracle(batch), decoding.Paged(batch, "cpu", "portable")
+    oracle, peer = DecodeOracle(batch), decoding.Paged(batch, "cpu", "torch")
     out = peer.prepare()[0]()
     assert oracle.check(case.pattern, out).within
     less = replace(case, pattern=Window(784))
-    assert not oracle.check(case.pattern, decoding.Paged(replace(batch, case=less), "cpu", "portable").prepare()[0]()).within
+    assert not oracle.check(case.pattern, decoding.Paged(replace(batch, case=less), "cpu", "torch").prepare()[0]()).within
 
 
 def test_the_tiny_suite_runs_on_a_cpu_and_can_be_read() -> None:
@@ -147,7 +147,7 @@ def test_new_lengths_are_timed_beside_known_ones(monkeypatch: pytest.MonkeyPatch
             call()
             return float(len(seen))
 
-    peer = decoding.Paged(Batch.of(case_of(batch=2)), "cpu", "portable")
+    peer = decoding.Paged(Batch.of(case_of(batch=2)), "cpu", "torch")
     assert peer.metadata_s(Counting()) == 1.0 and seen == [[200, 200], [199, 199]]
 
 

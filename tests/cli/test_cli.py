@@ -116,13 +116,13 @@ def test_malformed_json_is_one_line(tmp_path: Path) -> None:
 def test_doctor_names_versions_devices_and_backends() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    for word in ("torch", "triton", "cpu", "portable", "reference", "yes"):
+    for word in ("torch", "triton", "cpu", "reference", "yes"):
         assert word in result.stdout
 
 
 def test_doctor_json_has_a_reason_list_for_every_backend_and_device() -> None:
     found = json.loads(run("doctor", "--json").stdout)
-    assert found["backends"]["portable"]["cpu"] == []
+    assert found["backends"]["torch"]["cpu"] == []
     assert set(found["hardware"]) == set(found["devices"])
 
 
@@ -149,10 +149,10 @@ def test_bench_run_makes_a_plan_of_its_words(tmp_path: Path, monkeypatch: pytest
     plans: list[session.Plan] = []
     monkeypatch.setattr(bench, "run_plan", lambda plan: plans.append(plan) or [])
     words = ["--size", "tiny", "--peers", "s2attn,mine", "--peer-path", "mine=a.py", "--limit", "7", "--cases", "dense", "--seed", "3"]
-    result = run("bench", "run", "forward", "train", *words, "--out", str(tmp_path), "--backend", "portable", "--commit", "abc")
+    result = run("bench", "run", "forward", "train", *words, "--out", str(tmp_path), "--backend", "torch", "--commit", "abc")
     assert result.exit_code == 0, result.output
     paths = {"mine": "a.py"}
-    expected = session.Plan(str(tmp_path), ("forward", "train"), "tiny", ("s2attn", "mine"), paths, "portable", 7.0, 3, "dense", "abc")
+    expected = session.Plan(str(tmp_path), ("forward", "train"), "tiny", ("s2attn", "mine"), paths, "torch", 7.0, 3, "dense", "abc")
     assert plans == [expected]
 
 

@@ -1,4 +1,4 @@
-"""Decoding over pages on a GPU: right beside the portable backend, the same bits, and inside a graph whose numbers change."""
+"""Decoding over pages on a GPU: right beside the torch backend, the same bits, and inside a graph whose numbers change."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def near(got, expected):
 
 @pytest.mark.parametrize("form", ["", "direct", "split", "stream"])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_beside_the_portable_backend(name, form, dtype, device, sized, cut_as, poisoned_empty):
+def test_beside_the_torch_backend(name, form, dtype, device, sized, cut_as, poisoned_empty):
     cut_as(form)
     for q_len, page_size in ((1, 16), (4, 64)):
         cache = Cache(device, dtype, 3, sized(8192, 128) // page_size, page_size, sized(128, 16), per_head=q_len > 1)
         lengths = torch.tensor([cache.room, cache.room // 3, 7], device=device)
         q = torch.randn(3, q_len, HEADS, sized(128, 16), device=device).to(dtype)
-        near(cache.decode(q, PATTERNS[name], lengths), cache.decode(q, PATTERNS[name], lengths, backend="portable"))
+        near(cache.decode(q, PATTERNS[name], lengths), cache.decode(q, PATTERNS[name], lengths, backend="torch"))
 
 
 @pytest.mark.parametrize("form", ["split", "stream"])
@@ -68,7 +68,7 @@ def test_prompts_and_tokens_side_by_side(form, usual, device, sized, cut_as):
     q = torch.randn(int(news.sum()), HEADS, sized(64, 16), device=device).to(usual)
     more = {"cu_seqlens_q": cu, "softcap": 20.0, "sinks": torch.randn(HEADS, device=device)}
     got = cache.decode(q, PATTERNS["S2"], lengths, **more)
-    near(got, cache.decode(q, PATTERNS["S2"], lengths, backend="portable", **more))
+    near(got, cache.decode(q, PATTERNS["S2"], lengths, backend="torch", **more))
     again = cache.decode(q, PATTERNS["S2"], lengths, validate=False, **more)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
@@ -81,11 +81,11 @@ def test_float8_pages(usual, device, sized):
     flat = [x.flatten(0, 1) for x in (cache.k, cache.v)]
     s2attn.store_kv(*flat, *pools, slots, backend="triton", **scales)
     plain = [torch.zeros_like(x) for x in pools]
-    s2attn.store_kv(*flat, *plain, slots, backend="portable", **scales)
+    s2attn.store_kv(*flat, *plain, slots, backend="torch", **scales)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(pools, plain, strict=True))
     cache.k, cache.v = pools
     q, lengths = torch.randn(2, 1, HEADS, sized(128, 16), device=device).to(usual), torch.tensor([cache.room, 20], device=device)
-    near(cache.decode(q, PATTERNS["S2"], lengths, **scales), cache.decode(q, PATTERNS["S2"], lengths, backend="portable", **scales))
+    near(cache.decode(q, PATTERNS["S2"], lengths, **scales), cache.decode(q, PATTERNS["S2"], lengths, backend="torch", **scales))
 
 
 @pytest.mark.parametrize("form", ["direct", "split", "stream"])
@@ -146,7 +146,7 @@ def test_a_captured_step_follows_its_lengths(form, usual, device, sized, cut_as)
             x.copy_(torch.randn(x.shape))
         slots[lengths == 0] = -1
         got = [x.clone() for x in replay()]
-        near(got, cache.decode(q, PATTERNS["S2"], lengths, backend="portable"))
+        near(got, cache.decode(q, PATTERNS["S2"], lengths, backend="torch"))
 
 
 @pytest.mark.parametrize("q_len", [1, None])
@@ -175,4 +175,4 @@ def test_a_prepared_step_is_captured_at_once(q_len, usual, device, sized):
         graph.replay()
     else:
         got = step()
-    near(got, cache.decode(q, pattern, lengths, backend="portable", **more))
+    near(got, cache.decode(q, pattern, lengths, backend="torch", **more))

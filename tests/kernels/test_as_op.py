@@ -56,10 +56,10 @@ def test_compiles_with_inductor(triton_backend):
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(q, k, v), module(q, k, v))
 
 
-def test_the_portable_backend_agrees_through_the_public_call(triton_backend):
+def test_the_torch_backend_agrees_through_the_public_call(triton_backend):
     x = tensors()
     results = []
-    for backend in ("triton", "portable"):
+    for backend in ("triton", "torch"):
         out, lse = s2attn.attention(*x[:3], PATTERN, sinks=x[3], softcap=2.0, return_lse=True, backend=backend)
         results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.square().sum(), x)])
     for a, b in zip(*results, strict=True):

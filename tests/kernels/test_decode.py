@@ -250,18 +250,18 @@ def test_nobody_looks_at_numbers(form, cut_as, monkeypatch):
 
 
 def test_a_captured_stream_is_served_by_who_does_not_look(monkeypatch):
-    from s2attn.backends.portable import backend as portable
+    from s2attn.backends.torch import backend as plain
     from s2attn.ops import looks
 
     case = Case(S2, [(1, 90), (1, 60)])
     paged = case.paged()
     expected = case.run(paged)
-    for room in (portable, looks):
+    for room in (plain, looks):
         monkeypatch.setattr(room, "is_captured", lambda *tensors: True)
     got = case.run(paged, backend="auto")
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    with pytest.raises(s2attn.Unsupported, match="portable: it looks at numbers on the host"):
-        case.run(paged, backend="portable")
+    with pytest.raises(s2attn.Unsupported, match="torch: it reads sizes on the host"):
+        case.run(paged, backend="torch")
     pools = torch.zeros(2, 1, 16, 2, 16)
     s2attn.store_kv(case.k[0][:3], case.v[0][:3], *pools, torch.tensor([99, 5, 5]))
     assert pools[0, 0, 5].any() and int(pools.any(-1).any(-1).sum()) == 2

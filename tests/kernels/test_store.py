@@ -1,4 +1,4 @@
-"""The kernel that writes into pages, in Triton's interpreter: the same bytes as the portable backend writes, slots of any kind."""
+"""The kernel that writes into pages, in Triton's interpreter: the same bytes as the torch backend writes, slots of any kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [
 def both(k, v, pools, slots, **call):
     """Pages after the same call by both backends; memory before and after the pages must stay."""
     found = []
-    for backend in ("triton", "portable"):
+    for backend in ("triton", "torch"):
         whole = [torch.zeros(len(x) + 2, *x.shape[1:], dtype=x.dtype) for x in pools]
         for guarded, pool in zip(whole, pools, strict=True):
             guarded[1:-1] = pool

@@ -40,7 +40,7 @@ def compare(result, q, k, v, mask, scale=None):
 
 
 @settings(max_examples=40)
-@given(patterns(), call_shapes(200), st.sampled_from([16, 40]), st.sampled_from([16, 24]), st.sampled_from(["portable", "reference"]))
+@given(patterns(), call_shapes(200), st.sampled_from([16, 40]), st.sampled_from([16, 24]), st.sampled_from(["torch", "reference"]))
 def test_random_calls(pattern, shape: CallShape, dim, dim_v, backend):
     q, k, v = tensors(2, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_kv_heads, dim, dim_v)
     mask = dense_mask(pattern, shape.num_heads, shape.num_kv_heads, shape.seqlen_q, shape.seqlen_k, causal=shape.causal, layer=shape.layer)

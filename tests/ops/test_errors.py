@@ -175,5 +175,5 @@ def test_unsupported_names_every_backend_and_every_reason():
         from s2attn.backends import pick
 
         pick("auto", *meta)
-    assert set(caught.value.reasons) == {"cpu", "portable", "triton", "reference"}
+    assert set(caught.value.reasons) == {"cpu", "torch", "triton", "reference"}
     assert all("meta" in " ".join(why) for why in caught.value.reasons.values())

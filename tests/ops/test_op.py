@@ -28,7 +28,7 @@ def test_opcheck():
     flat = [t[:1].detach().requires_grad_() for t in (q, k, v)]
     calls = [
         (q, k, v, None, [], pattern_text(PATTERN, None, True, 0, None), 0.3, 0.0, "auto"),
-        (q, k, v, None, layout.tensors(), layout_text(layout), 0.3, 0.0, "portable"),
+        (q, k, v, None, layout.tensors(), layout_text(layout), 0.3, 0.0, "torch"),
         (*flat, None, [cu, cu], pattern_text(PATTERN, 32, False, 1, None), 0.3, 0.0, "auto"),
     ]
     for call in calls:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2attn.backends.base import Reduction
-from s2attn.backends.portable import score
+from s2attn.backends.torch import attend, score
 from s2attn.ops import antidiagonal
 
 
@@ -79,7 +79,7 @@ def test_does_not_depend_on_how_it_is_cut(seqlen_q, seqlen_k, stride, causal, at
     settings_ = {"stride": stride, "block": 32, "causal": causal}
     whole = antidiagonal(q, k, **settings_)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "_AT_ONCE", at_once)
+        patch.setattr(attend, "NUMBERS", at_once)
         tiled = antidiagonal(q, k, **settings_)
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=1e-5)
     alone = torch.cat([antidiagonal(q[b : b + 1], k[b : b + 1], **settings_) for b in range(2)])
@@ -100,7 +100,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_reduced_grid_never_lies_in_memory_as_a_whole(causal, monkeypatch):
     q, k = tensors(1, 2048, 2048, 2, 1)
-    monkeypatch.setattr(score, "_AT_ONCE", 1 << 16)
+    monkeypatch.setattr(attend, "NUMBERS", 1 << 16)
     with LargestTensor() as largest:
         score.block_mass(q, k, Reduction(4, 32, causal, 0.35))
     assert q.numel() <= largest.numel <= 1 << 16 < 2 * (2048 // 4) ** 2 // 4

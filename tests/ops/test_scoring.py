@@ -13,7 +13,7 @@ from s2attn.ops.source import layout_text, pattern_text
 from s2attn.testing import dense_mask
 
 PATTERN = Local(2, 16) | Stride(3, block=16)
-BACKENDS = pytest.mark.parametrize("backend", ["portable", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
 def tensors(batch=2, n=70, m=None, heads=4, kv_heads=2, dim=8, dim_v=None, dtype=torch.float32):

@@ -45,7 +45,7 @@ def test_what_no_kernel_serves_is_refused():
 
 def test_the_first_call_finds_its_layout():
     source.forget_layouts()
-    warmup(Window(24), **SHAPE, dtype=torch.float32, backend="portable")
+    warmup(Window(24), **SHAPE, dtype=torch.float32, backend="torch")
     (key,) = source._layouts
     q, k = torch.zeros(1, 64, 4, 16), torch.zeros(1, 64, 2, 16)
     assert source.find_layout(key[0], [], q, k) is source._layouts[key]

@@ -28,7 +28,7 @@ class Reference(Backend):
             mask = _mask(layout, q.shape[2])
             logits = _logits(q, k, mask, scoring)
             lse = _lse(logits, scoring)
-            out = _weigh(_weights(logits, lse), v, mask)
+            out = _weigh(_weights(logits, scoring), v, mask)
         return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
     def backward(
@@ -72,13 +72,13 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _mask(layout, q.shape[2])
     logits = _logits(q, k, mask, scoring)
-    p = _weights(logits, _lse(logits, scoring))
+    p = _weights(logits, scoring)
     heads_do, values = _by_head(dout), _grouped(v, q.shape[2])
     dp = (heads_do @ values.transpose(-1, -2)).masked_fill(~mask, 0.0)
     delta = (p * dp).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse.double()[..., None]
-    ds = p * (dp - delta) * scoring.scale
+    ds = (p * (dp - delta)).masked_fill(~mask, 0.0) * scoring.scale
     if scoring.softcap is not None:
         ds = ds * (1 - (logits / scoring.softcap) ** 2).masked_fill(~mask, 0.0)
     dq = ds @ _grouped(k, q.shape[2]).nan_to_num(0.0, 0.0, 0.0)
@@ -119,9 +119,15 @@ def _lse(logits: Tensor, scoring: Scoring) -> Tensor:
     return lse if scoring.sinks is None else torch.logaddexp(lse, scoring.sinks.double()[:, None])
 
 
-def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+def _weights(logits: Tensor, scoring: Scoring) -> Tensor:
     """Shares in the denominator; all zeros in a row that sees nothing."""
-    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    sinks = logits.new_full((1,), -torch.inf) if scoring.sinks is None else scoring.sinks.double()
+    column = sinks[:, None, None].expand(*logits.shape[:-1], 1)
+    most = torch.finfo(logits.dtype).max
+    above = torch.maximum(logits.amax(-1, keepdim=True), column).clamp(-most, most)
+    weights = torch.exp(torch.cat([logits, column], -1) - above)  # not of lse, which huge logits round
+    total = weights.sum(-1, keepdim=True)
+    return weights[..., :-1] / total.masked_fill(total == 0, 1.0)
 
 
 def _weigh(p: Tensor, v: Tensor, mask: Tensor) -> Tensor:

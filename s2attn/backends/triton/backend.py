@@ -44,6 +44,7 @@ class Triton(Backend):
 
     name = "triton"
     by_position = True
+    capturable = True
 
     def __init__(self, choose: Choose | None = None) -> None:
         self._choose = choose or find_tiles

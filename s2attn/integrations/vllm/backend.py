@@ -115,7 +115,7 @@ class S2MetadataBuilder(AttentionMetadataBuilder):
         k = torch.empty(shape, dtype=spec.dtype, device=vllm_config.device_config.device_type)
         pages = Pages(k, k, torch.zeros(1, 1, 1, dtype=torch.int32, device=k.device))
         chosen = pick_paged(find_backend(vllm_config.additional_config), k[:, :1], pages)
-        return AttentionCGSupport.UNIFORM_BATCH if chosen.by_position else AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_BATCH if chosen.capturable else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> S2Metadata:
         common = common_attn_metadata

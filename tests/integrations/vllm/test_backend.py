@@ -198,9 +198,9 @@ def test_a_step_lies_where_the_last_one_lay(ranks: dict[str, int]) -> None:
 KERNELS = {BACKEND_FIELD: "triton"}
 
 
-@pytest.mark.parametrize(("asked", "support"), [({}, "NEVER"), ({BACKEND_FIELD: "portable"}, "NEVER"), (KERNELS, "UNIFORM_BATCH")])
+@pytest.mark.parametrize(("asked", "support"), [({}, "NEVER"), ({BACKEND_FIELD: "torch"}, "NEVER"), (KERNELS, "UNIFORM_BATCH")])
 def test_graphs_are_claimed_for_kernels_alone(asked: dict[str, str], support: str, ranks: dict[str, int]) -> None:
-    """The portable backend makes its lists on the host for every step, which no graph repeats."""
+    """The torch backend reads lengths on the host at every step, which no graph repeats."""
     config = config_of(additional_config=asked)
     made = make(1, config)
     group = UniformTypeKVCacheSpecs(block_size=SIZE, kv_cache_specs={made.layer_name: spec_of(made)})
@@ -218,7 +218,7 @@ def test_kernels_read_the_same_step(layer: int, ranks: dict[str, int]) -> None:
 
 
 def test_unknown_backends_are_refused(ranks: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="s2_attention_backend must be one of auto, portable, triton, reference; got 'cuda'"):
+    with pytest.raises(ValueError, match="s2_attention_backend must be one of auto, torch, triton, reference; got 'cuda'"):
         make(1, config_of(additional_config={BACKEND_FIELD: "cuda"}))
 
 
