@@ -222,9 +222,7 @@ def page(record: dict[str, Any]) -> str:
     lines += ["", "* **right**: ran on such a device here, and agrees with float64."]
     lines += ["* **compiles**: Triton compiles it for such a device and it fits its shared memory; no such device was there to run it."]
     lines += ['* **no**: refused, for the reason below. `torch`, in plain torch, then serves a call with `backend="auto"`.']
-    lines += [
-        "* Other torch devices, and shapes that a kernel refuses, are served by `torch`, in plain torch; none was there to run it."
-    ]
+    lines += ["* Other torch devices, and shapes that a kernel refuses, are served by `torch`, in plain torch; none was there to run it."]
     lines += ["", f"| device | dtype | {' | '.join(OPERATIONS)} |", "|---|---|" + "---|" * len(OPERATIONS)]
     rows: dict[tuple[str, str], dict[str, Finding]] = {}
     for one in findings:
