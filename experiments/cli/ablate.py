@@ -90,7 +90,7 @@ def command_of(arguments: Sequence[str]) -> str:
     """
     beside = ("--out", "--limit")
     kept = [word for before, word in pairwise(["", *arguments]) if before not in beside and word.split("=")[0] not in beside]
-    return shlex.join(["s2attn", *kept])
+    return shlex.join(["python", "-m", "experiments", *kept])
 
 
 def show_ablation(settings: AblateSettings, out: Path, *, limit: float | None) -> None:

@@ -101,8 +101,8 @@ def test_first_counter_example():
 
 def test_query_heads_of_a_group_are_taken_together():
     """Two query heads that skip a block in turns: neither is KV-efficient, their KV head is."""
-    first = [[int(j in (i, 0) and (j == i or i % 2 == 0)) for j in range(8)] for i in range(8)]
-    second = [[int(j in (i, 0) and (j == i or i % 2 == 1)) for j in range(8)] for i in range(8)]
+    first = [[j in (i, 0) and (j == i or i % 2 == 0) for j in range(8)] for i in range(8)]
+    second = [[j in (i, 0) and (j == i or i % 2 == 1) for j in range(8)] for i in range(8)]
     assert describe(Blocks([first, second], heads="query"), 2, 1, 512).kv_efficient
     assert not describe(Blocks([first, second], heads="query"), 2, 2, 512).kv_efficient
 

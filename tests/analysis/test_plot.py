@@ -131,7 +131,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     [
         ((Dense(),), {"path": "a.bmp"}, ValueError, r"path must end in \.png, \.svg or \.pdf; got 'a\.bmp'"),
         ((Dense(),), {"path": "nowhere/a.png"}, ValueError, r"path must lie in a folder that exists; got 'nowhere/a\.png'"),
-        ((Dense(),), {"path": 3}, TypeError, r"path must be a string or a Path; got int"),
+        ((Dense(),), {"path": 3}, TypeError, r"path must be a string or a path; got int"),
         (("dense",), {}, TypeError, r"pattern must be a Pattern, a Recipe or a Layout; got str"),
         ((Dense(), 4, 3), {}, ValueError, r"num_kv_heads must divide num_heads \(4\); got 3"),
         ((Dense(),), {"panels": 0}, ValueError, r"panels must be an integer >= 1; got 0"),

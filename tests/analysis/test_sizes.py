@@ -31,7 +31,7 @@ S2 = Local(16) | Stride(8)
         (lambda: s2attn.describe(Dense(), 8, 8, 2**20, block=16), "seqlen must be at most 524288 tokens, 32768 blocks of 16"),
         (lambda: s2attn.describe(S2, 8, 8, 4096, ranks=BIG), "ranks must be at most 65536"),
         (lambda: describe_context(S2, BIG, 1, 1 << 20, ranks=4), "at most 65536 heads in all"),
-        (lambda: describe_context(S2, 8, 8, 1 << 20, ranks=4, layers=BIG), "at most 65536 heads in all"),
+        (lambda: describe_context(S2, 8, 8, 1 << 20, ranks=4, layers=BIG), "layers must be at most 65536"),
         (lambda: reach(S2, 8, 8, 4096, layers=BIG), "at most 65536 heads in all"),
         (lambda: reach(S2, 8, 8, 10**20), "seqlen must be at most"),
         (lambda: s2attn.plot(S2, BIG, 1, 4096, "x.png"), "at most 65536 heads in all"),

@@ -15,8 +15,6 @@ from s2attn.backends.cpu.library import DTYPES, CTensor, finish, tile_bits
 from s2attn.layout import Layout
 
 PAGE_DTYPES = {**DTYPES, torch.float8_e4m3fn: 3}
-SMALLEST_CAP, LARGEST_CAP = 1e-30, 1e30
-"""A soft-cap that float32 cannot hold is moved inside: there it leaves nothing, or changes nothing."""
 
 
 class CTable(ctypes.Structure):
@@ -82,7 +80,6 @@ def decode(q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring:
     lengths = requests.seq_lens.to(torch.int64).contiguous()
     cu = None if requests.cu_seqlens_q is None else requests.cu_seqlens_q.to(torch.int64).contiguous()
     scales = [None if x is None else x.float().contiguous() for x in (pages.k_scale, pages.v_scale)]
-    softcap = 0.0 if scoring.softcap is None else min(max(scoring.softcap, SMALLEST_CAP), LARGEST_CAP)
     index = row_index(layout)
     call = CDecode(
         *index.fields,
@@ -92,7 +89,7 @@ def decode(q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring:
         _table(pages.table),
         *(_address(x) for x in (lengths, cu, *scales, out, lse, sinks)),
         scoring.scale,
-        softcap,
+        scoring.softcap or 0.0,
         *(requests.batch, total, heads, kv_heads, num_pages, page_size, width, v_width),
         torch.get_num_threads(),
     )

@@ -32,10 +32,10 @@ class PastKeyValues(Cache):
     >>> import torch, transformers, s2attn
     >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     >>> model = s2attn.patch(transformers.LlamaForCausalLM(config).eval(), s2attn.Sink(4) | s2attn.Window(32))
-    >>> past = PastKeyValues.for_model(model, max_tokens=512)
-    >>> tokens = model.generate(torch.arange(200)[None] % 64, max_new_tokens=8, do_sample=False, cache=past, pad_token_id=0)
+    >>> past, prompt = PastKeyValues.for_model(model, max_tokens=2000), torch.arange(1000)[None] % 64
+    >>> tokens = model.generate(prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False, cache=past, pad_token_id=0)
     >>> tokens.shape, past.bytes_used < past.bytes_allocated < past.bytes_dense
-    (torch.Size([1, 208]), True)
+    (torch.Size([1, 1008]), True)
     """
 
     def __init__(self, pages: SparseCache) -> None:

@@ -306,7 +306,8 @@ struct Combine {
         const double own = most * LN2,
                      top = own < sink ? sink : own;  // NaN and infinity of the keys stay
         const double share = std::exp(own - top);
-        const double denominator = total * share + std::exp(sink - top);
+        // An infinite sink takes all the weight.
+        const double denominator = total * share + (sink == top ? 1 : std::exp(sink - top));
         *lse = (float)(top + std::log(denominator));
         const float factor =
             (float)(share * (call.v_scale ? call.v_scale[strip.kv_head] : 1.0f) / denominator);

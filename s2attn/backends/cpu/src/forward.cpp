@@ -357,7 +357,9 @@ struct Forward {
             }
             const double own_max = m[i] * LN2,
                          top = own_max < sink ? sink : own_max;  // NaN and +inf of the keys stay
-            const double share = std::exp(own_max - top), sum = l[i] * share + std::exp(sink - top);
+            // An infinite sink takes all the weight.
+            const double share = std::exp(own_max - top),
+                         sum = l[i] * share + (sink == top ? 1 : std::exp(sink - top));
             lse[i] = (float)(top + std::log(sum));
             factor[i] = (float)(share / sum);
         }
