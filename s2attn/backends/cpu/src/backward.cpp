@@ -118,9 +118,11 @@ struct Shared {
             double sum = 0;  // delta is subtracted from sums of the same size
             for (int64_t c = 0; c < call.v_width; c++) sum += (double)dout[c] * out[c];
             delta[first + i] = (float)(sum - (gradients.dlse ? gradients.dlse[first + i] : 0.0f));
-            const bool sound = std::fabs(lse) < INF && all_finite(out, call.v_width);
+            const bool finite = all_finite(out, call.v_width),
+                       sound = finite && std::fabs(lse) < INF;
+            const bool weightless = lse == -INF || (finite && lse == INF);  // of an infinite sink
             const double exact = lse * LOG2E;
-            shift[first + i] = sound ? (float)exact : lse == -INF ? INF : NAN;
+            shift[first + i] = sound ? (float)exact : weightless ? INF : NAN;
             low[first + i] = sound ? (float)(exact - (float)exact) : 0.0f;
         }
     }
@@ -290,7 +292,9 @@ struct Backward {
                 float *s_at = s + i * LANES + j, *dp_at = dp + i * LANES + j;
                 V x = load(s_at), bent{};
                 if (capped) bent = tanh(x), x = bent * cap;
-                V p = exp2(x - shift[i] - low[i]), ds = p * (load(dp_at) - delta[i]);
+                // Logits beyond 1e30 round by more than exp2 can take.
+                const V over = x - shift[i] - low[i];
+                V p = exp2(select(over > 0.0f, V{}, over)), ds = p * (load(dp_at) - delta[i]);
                 if (capped) ds *= 1.0f - bent * bent;
                 if (masked) p = pick(bits[i] >> j, p, V{}), ds = pick(bits[i] >> j, ds, V{});
                 store(s_at, p), store(dp_at, ds);
