@@ -51,8 +51,10 @@ def document_starts(positions: Tensor, real: Tensor | None = None) -> Tensor:
     >>> document_starts(torch.tensor([[0, 1, 2, 0, 0, 1], [0, 0, 1, 1, 5, 9]])).int().tolist()
     [[1, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
     """
-    before, now = positions[:, :-1], positions[:, 1:]
     real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    if positions.shape[1] == 1:  # a decoding step
+        return real
+    before, now = positions[:, :-1], positions[:, 1:]
     both = real[:, :-1] & real[:, 1:]
     falls = pad(both & (now < before), (1, 0))
     repeats = pad(both & (now == before), (1, 0))

@@ -127,25 +127,23 @@ struct Run {
             gemm_nn((int)rows, (int)keys, (int)call.width, q, width, k, TILE, s, TILE, &ahead_v);
         }
         softmax((int)keys, masked);
-        const Matrix from = rows_of(call.v, tile, keys, call.v_width, v_width, v, masked || !few);
-        const float* values = static_cast<const float*>(from.data);
-        const int64_t ldv = from.row;
-        if (masked && !finite(values, ldv, keys)) {
-            weigh_broken(values, ldv, keys);
-        } else if (few) {
+        Matrix from = rows_of(call.v, tile, keys, call.v_width, v_width, v, masked || !few);
+        const uint64_t broken = masked ? clear_broken(from, keys) : 0;
+        if (few) {
             by_four(rows, [&](int64_t r, auto n) {
                 by_element(from.dtype, [&](auto e) {
                     const auto* read = static_cast<const typename decltype(e)::type*>(from.data);
-                    weigh_rows<n, decltype(e)>(s + r * TILE, (int)keys, read, ldv, (int)v_width,
-                        o + r * v_width, v_width, factor + r, ahead_k);
+                    weigh_rows<n, decltype(e)>(s + r * TILE, (int)keys, read, from.row,
+                        (int)v_width, o + r * v_width, v_width, factor + r, ahead_k);
                 });
             });
         } else {
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t d = 0; d < v_width; d++) o[r * v_width + d] *= factor[r];
-            gemm_nn_add(
-                (int)rows, (int)v_width, (int)keys, s, TILE, values, ldv, o, v_width, &ahead_k);
+            gemm_nn_add((int)rows, (int)v_width, (int)keys, s, TILE,
+                static_cast<const float*>(from.data), from.row, o, v_width, &ahead_k);
         }
+        if (broken) add_broken(tile, broken);
     }
 
     // Rows of a page with zeros up to a multiple of W columns: where they lie, or in float32 in
@@ -234,23 +232,36 @@ struct Run {
             }
     }
 
-    bool finite(const float* values, int64_t ldv, int64_t keys) const {
+    // NaN and infinite values are 0 in a copy, since 0 * NaN would reach tokens that do not see
+    // them, and another order of additions would change their bits; bit k of the result says that
+    // key k has some.
+    uint64_t clear_broken(Matrix& from, int64_t keys) const {
+        const float* values = static_cast<const float*>(from.data);
+        uint64_t broken = 0;
         for (int64_t i = 0; i < keys; i++)
-            if (!all_finite(values + i * ldv, call.v_width)) return false;
-        return true;
+            if (!all_finite(values + i * from.row, call.v_width)) broken |= (uint64_t)1 << i;
+        if (!broken) return 0;
+        for (int64_t i = 0; i < keys; i++) {
+            float* to = v + i * v_width;
+            if (broken >> i & 1) std::fill(to, to + v_width, 0.0f);
+            else if (values != v) std::copy_n(values + i * from.row, v_width, to);
+        }
+        from = {v, Float32, v_width, 1};
+        return broken;
     }
 
-    // The product with values among which there is NaN or infinity: a token takes nothing from keys
-    // that it does not see, not even 0 * NaN.
-    void weigh_broken(const float* values, int64_t ldv, int64_t keys) {
-        for (int64_t r = 0; r < strip.rows(); r++)
-            for (int64_t d = 0; d < call.v_width; d++) {
-                float sum = o[r * v_width + d] * factor[r];
-                for (int64_t i = 0; i < keys; i++)
-                    if (seen[r % strip.line.tokens] >> i & 1)
-                        sum = std::fma(s[r * TILE + i], values[i * ldv + d], sum);
-                o[r * v_width + d] = sum;
-            }
+    // Tokens that see keys with such values take them after all.
+    void add_broken(const Tile& tile, uint64_t broken) const {
+        for (; broken; broken &= broken - 1) {
+            const int64_t key = __builtin_ctzll(broken);
+            Tile one = tile;
+            one.offset += key;
+            load_page(k, v_width, call.v, page_rows(call.v, one), 1, call.v_width);
+            for (int64_t r = 0; r < strip.rows(); r++)
+                if (seen[r % strip.line.tokens] >> key & 1)
+                    for (int64_t d = 0; d < v_width; d++)
+                        o[r * v_width + d] = std::fma(s[r * TILE + key], k[d], o[r * v_width + d]);
+        }
     }
 };
 
