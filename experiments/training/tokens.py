@@ -100,7 +100,7 @@ class BytePairs:
         try:
             return cls._of(Inner.from_file(str(path)))
         except Exception as error:  # the library raises bare exceptions
-            rule = "must be a tokenizer that a training run wrote"
+            rule = "must be a tokenizer that python -m experiments train wrote"
             raise bad_value(path.name, rule, f"{path} ({error})") from None
 
     @classmethod

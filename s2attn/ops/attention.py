@@ -96,8 +96,7 @@ def attention(
     check_backend(backend)
     warn_swapped(q, k, packed)
     q, k, v = autocast(q, k, v)
-    sharded = _sharded(q, k, v)
-    if sharded is not None:
+    if (sharded := _sharded(q, k, v)) is not None:
         sharded.check(q, k, v, sinks, pattern, heads)
     layout = pattern if isinstance(pattern, Layout) else None
     if isinstance(pattern, Selector):
@@ -123,7 +122,8 @@ def attention(
     if sharded is not None:
         source, index = sharded.call(source, index, q, k)
     out, lse = call_attention(q, k, v, sinks, index, source, scale, softcap or 0.0, backend)
-    _hold(layout if isinstance(pattern, Selector) else None, out)
+    if isinstance(pattern, Selector):
+        _hold(layout, out)
     if packed or joined:
         out, lse = out.squeeze(0), lse.squeeze(0)
     if joined:
@@ -134,7 +134,7 @@ def attention(
 def _hold(layout: Any, out: Tensor) -> None:
     """Keep a selector's layout, which no one else holds, until the backward has read it."""
     node: Any = out.grad_fn
-    if layout is not None and node is not None:
+    if node is not None:
         node.metadata["s2attn.layout"] = layout
 
 

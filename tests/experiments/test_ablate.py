@@ -154,7 +154,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out must be a folder of the same settings; text differ; got .*s2-seed1"):
         run_ablation(settings.with_steps(text=9), tmp_path, Silent())
     (tmp_path / "partial" / "s2-seed1" / "made_with.json").write_text("{")
-    with pytest.raises(ValueError, match=r"out must hold readable files .* to begin that run anew"):
+    with pytest.raises(ValueError, match=r"out must hold readable files.* to begin that run anew"):
         run_ablation(settings, tmp_path, Silent())
 
 
