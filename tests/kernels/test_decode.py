@@ -250,6 +250,7 @@ def test_nobody_looks_at_numbers(form, cut_as, monkeypatch):
 
 
 def test_a_captured_stream_is_served_by_who_does_not_look(monkeypatch):
+    from s2attn.backends.cpu import backend as cpu
     from s2attn.backends.torch import backend as plain
     from s2attn.ops import looks
 
@@ -258,6 +259,7 @@ def test_a_captured_stream_is_served_by_who_does_not_look(monkeypatch):
     expected = case.run(paged)
     for room in (plain, looks):
         monkeypatch.setattr(room, "is_captured", lambda *tensors: True)
+    monkeypatch.setattr(cpu, "_built", lambda: ["no stream of a CPU is captured"])
     got = case.run(paged, backend="auto")
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with pytest.raises(s2attn.Unsupported, match="torch: it reads sizes on the host"):

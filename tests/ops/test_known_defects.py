@@ -46,7 +46,7 @@ def test_merged_query_blocks_are_exact_for_patterns_that_come_back(pattern):
 
 
 def test_a_causal_pattern_with_future_blocks_does_not_leak():
-    everything = Blocks(torch.ones(8, 8), block=16)
+    everything = Blocks(torch.ones(8, 8, dtype=torch.bool), block=16)
     q, k, v = tensors(128)
     out = s2attn.attention(q, k, v, everything)
     k2, v2 = k.detach().clone(), v.detach().clone()
