@@ -224,7 +224,10 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     "dq: the codes of the other row": ("dq", " + which * (CODES - 1)", "", "two rows paired", "dq: error"),
     "dq: the mask of the other half": ("dq", "below * (2 - CODES)", "below * 0", "blocks of 128", "dq: error"),
     "dq: the other head": ("dq", "+ head * lse_head + row", "+ row", "two heads stacked", "dq: "),
-    "dq: no mask": ("dq", "allowed, CAPPED, True", "allowed, CAPPED, False", "two rows paired", "dq: error"),
+    "dq: no mask": (
+        "dq", "allowed = allowed_keys(bits_ptr, code, code * RB + place, RB // 64, words, ROWS, OF_PAIRS)", "allowed = True",
+        "two rows paired", "dq: error",
+    ),
     "dq: wrong sign": ("dq", "p * (dp - delta[:, None])", "p * (dp + delta[:, None])", "two rows paired", "dq: error"),
     "dq: the same keys again": ("dq", "key = following", "key = key", "two rows paired", "dq: error"),
     "dq: keys of the next sequence": ("dq", "key_end = gl.load(at + 7).to(gl.int32)", "key_end = key_tokens", "packed", "."),
