@@ -116,7 +116,7 @@ def test_two_processes_give_the_losses_of_one_and_either_goes_on_from_the_other(
     compiled = ("train.compile=true", "train.compile_backend=eager")
     run_training(config_of(folder, tmp_path / "one", *compiled), Silent())
     sets = [word for change in (*changes_of(folder, tmp_path / "two"), *compiled) for word in ("--set", change)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "s2attn.cli", "train", *sets]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments", "train", *sets]
     for more in (["--set", "run.save_every=4"], ["--resume"]):
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=LONG_S)
         assert done.returncode == 0, done.stderr[-2000:]
