@@ -218,7 +218,7 @@ def test_kernels_read_the_same_step(layer: int, ranks: dict[str, int]) -> None:
 
 
 def test_unknown_backends_are_refused(ranks: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="s2_attention_backend must be one of auto, torch, triton, reference; got 'cuda'"):
+    with pytest.raises(ValueError, match="s2_attention_backend must be one of auto, cpu, torch, triton, reference; got 'cuda'"):
         make(1, config_of(additional_config={BACKEND_FIELD: "cuda"}))
 
 
