@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tune as tuning
 from s2attn.backends import Pages, Requests, Scoring
 from s2attn.backends.triton import Triton, table
 from s2attn.backends.triton.backend import triton_version
 from s2attn.backends.triton.table import Situation, file_name, read_table, tuned_tiles, write_table
 from s2attn.backends.triton.tiles import SHARED_MEMORY, Tiles, choose_tiles, shared_bytes
 from s2attn.schedule.cuts import LEAST_TOKENS
+from s2attn.tuning import tune as tuning
 from s2attn.tuning.candidates import candidates, check_density, compiled_ahead, fallback, refined, small_target, targets
 from s2attn.tuning.clock import Timing
 from s2attn.tuning.paged import Batch
@@ -187,7 +187,7 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_tune import ONE
-from benchmarks import tune, tune_session
+from s2attn.tuning import tune, tune_session
 from s2attn.tuning.benches import AttentionBench
 
 found, calls = tune.candidates, AttentionBench.calls
