@@ -75,3 +75,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     local = [link.split("#")[0] for link in links if not link.startswith(("http://", "https://", "#"))]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def headings_of(page: Path) -> set[str]:
+    """The headings of a page as a site links to them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_into_pages_lead_to_headings(page: Path) -> None:
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+\.md#[^)\s]+|#[^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("http") and anchor not in {re.sub("-+", "-", one) for one in headings_of(target)} | headings_of(target):
+            wrong.append(link)
+    assert wrong == []

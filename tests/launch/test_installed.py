@@ -24,7 +24,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         monkeypatch.delitem(sys.modules, name)
     fake = ModuleType("triton")
     fake.__spec__ = ModuleSpec("triton", None)
-    fake.__path__ = []  # type: ignore[attr-defined]
+    vars(fake)["__path__"] = []
     monkeypatch.setitem(sys.modules, "triton", fake)
     for cached in CACHED:
         cached.cache_clear()
@@ -53,12 +53,12 @@ def refusals() -> list[str]:
 
 @pytest.mark.parametrize("version", ["2.3.1", "3.2.0", "3.5.0+git", "unknown"])
 def test_another_release_is_refused_with_its_version(stand_in: ModuleType, version: str) -> None:
-    stand_in.__version__ = version  # type: ignore[attr-defined]
+    vars(stand_in)["__version__"] = version
     assert all(f"needs Triton 3.6 or newer, not {version}" in said for said in refusals())
 
 
 def test_a_module_without_the_names_that_launches_need(stand_in: ModuleType) -> None:
-    stand_in.__version__ = "9.0.0"  # type: ignore[attr-defined]
+    vars(stand_in)["__version__"] = "9.0.0"
     assert all("Triton 9.0.0 is not known to these kernels" in said for said in refusals())
     assert "does not tell which allocator is set" in installed.allocator_objections()[0]
 

@@ -36,10 +36,10 @@ class ByPosition(Backend):
         return []
 
     def forward(self, *call: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise AssertionError("only decode is called")
 
     def backward(self, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        raise AssertionError("only decode is called")
 
     def forward_paged(self, q: Tensor, pages: Pages, requests: Requests, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
         self.calls.append((requests, layout))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from s2attn.core import bad_value
 
@@ -30,9 +30,6 @@ class _Part:
     queries: Tensor
     keys: Tensor
     lengths: tuple[Tensor, Tensor]
-
-
-_parts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def zigzag_attention(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -50,7 +47,10 @@ def zigzag_attention(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any
     rows, ranks = q.shape[0], group.size()
     if rows % 2:
         raise bad_value("query", f"must have an even number of tokens on each of {ranks} context-parallel ranks, two chunks", rows)
-    parts = () if cu_seqlens is None else _packed_parts(cu_seqlens, rows, group)
+    parts: tuple[_Part, ...] = ()
+    if cu_seqlens is not None:  # read at every call: memory may have been refilled unseen
+        numbers = tuple(cu_seqlens.tolist())
+        parts = _packed_parts(numbers, rows, group.rank(), ranks, cu_seqlens.device)
     # One exchange for keys and values, and one for their gradients, in the same order on all ranks.
     gathered = gather_from_sequence_parallel_region(torch.stack((k, v), 1), group=group)
     if parts:
@@ -67,24 +67,16 @@ def zigzag_attention(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any
     return torch.cat([attend(own, keys[:end], values[:end], None) for own, end in zip(q.split(half), seen, strict=True)])
 
 
-def _packed_parts(cu_seqlens: Tensor, rows: int, group: Any) -> tuple[_Part, _Part]:
-    """The two parts of every call with these lengths: all layers of a step share one tensor, which is then read once."""
-    key = (None if cu_seqlens.is_inference() else cu_seqlens._version, rows, group.rank(), group.size())
-    known = _parts.get(cu_seqlens)
-    if key[0] is None or known is None or known[0] != key:
-        known = (key, _make_parts(cu_seqlens, rows, group.rank(), group.size()))
-        _parts[cu_seqlens] = known
-    return known[1]
-
-
-def _make_parts(cu_seqlens: Tensor, rows: int, rank: int, ranks: int) -> tuple[_Part, _Part]:
-    numbers = cu_seqlens.tolist()
+@lru_cache(maxsize=16)
+def _packed_parts(numbers: tuple[int, ...], rows: int, rank: int, ranks: int, device: torch.device) -> tuple[_Part, _Part]:
+    """The two parts of every call with these lengths: all layers of a step share them."""
     if numbers[0] != 0 or numbers[-1] != rows * ranks or any(b < a for a, b in pairwise(numbers)):
-        raise bad_value("cu_seqlens", f"must rise from 0 to the {rows * ranks} tokens of all {ranks} context-parallel ranks", numbers)
+        rule = f"must rise from 0 to the {rows * ranks} tokens of all {ranks} context-parallel ranks"
+        raise bad_value("cu_seqlens", rule, list(numbers))
     if any(number % (2 * ranks) for number in numbers):
         rule = f"must have lengths that are multiples of {2 * ranks}, two chunks for each of {ranks} context-parallel ranks"
-        raise bad_value("cu_seqlens", rule, numbers)
-    edges = cu_seqlens.long() // (2 * ranks)  # of one chunk of every sequence, laid end to end
+        raise bad_value("cu_seqlens", rule, list(numbers))
+    edges = torch.tensor(numbers, device=device) // (2 * ranks)  # of one chunk of every sequence, laid end to end
     chunk = edges.diff()
     local = 2 * edges[:-1]
     parts = []

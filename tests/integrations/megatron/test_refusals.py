@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_lengths_that_cannot_be_shared_are_refused_before_anything_is_sent(rows:
     q = torch.zeros(rows, 8, 8)
     with pytest.raises(ValueError, match=message):
         zigzag_attention(q, q, q, lambda *_: q, group, None if lengths is None else torch.tensor(lengths))
+
+
+def test_lengths_that_were_refilled_unseen_are_read_again() -> None:
+    """Through NumPy, torch's version counter does not move."""
+    group, q = SimpleNamespace(rank=lambda: 0, size=lambda: 2), torch.zeros(8, 8, 8)
+    lengths = torch.tensor([0, 8, 16])
+    asked: list[list[int]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        asked.append(own[0].tolist())
+        return q
+
+    gathered = "s2attn.integrations.megatron.zigzag.gather_from_sequence_parallel_region"
+    with mock.patch(gathered, lambda x, group: torch.cat([x, x])):
+        zigzag_attention(q, q, q, attend, group, lengths)
+        lengths.numpy()[1] = 4
+        zigzag_attention(q, q, q, attend, group, lengths)
+    assert asked == [[0, 2, 4], [0, 2, 4], [0, 1, 4], [0, 1, 4]]
 
 
 def test_bidirectional_layers_are_not_spread_over_ranks(gpt: ModuleType) -> None:

@@ -46,12 +46,14 @@ def logits(model: Any, tokens: torch.Tensor, past: host.PastKeyValues, **more: A
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("hold", [0, 24])
 @pytest.mark.parametrize("assistant", [False, True])
-def test_assisted_decoding_gives_the_tokens_of_plain_generate(pattern: s2attn.Pattern, hold: int, assistant: bool) -> None:
+def test_assisted_decoding_gives_the_tokens_of_plain_generate(
+    pattern: s2attn.Pattern, hold: int, assistant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, prompt = tiny(pattern=pattern), text(1, 90)
     expected = model.generate(prompt, **GREEDY)
     past, removed = host.PastKeyValues.for_model(model, max_tokens=256, hold=hold), []
     crop = past.crop
-    past.crop = lambda count: (removed.append(-count), crop(count))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(past, "crop", lambda count: (removed.append(-count), crop(count))[1])
     help_: dict[str, Any] = {"assistant_model": tiny(layers=1, seed=3)} if assistant else {"prompt_lookup_num_tokens": 6}
     found = model.generate(prompt, **GREEDY, **help_, **{CACHE: past})
     assert torch.equal(found, expected)
